@@ -1,0 +1,16 @@
+"""The ComfyUI faces of the pack, one module per family, each with a list `NODES`."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import adain, inversion, paperland
+
+# Imported plainly, never in a try: a family that fails to import fails the pack, so that a test notices it and not a
+# user who looks for a node that is silently missing.
+FAMILIES = (paperland, inversion, adain)
+
+
+class SemanticStyleExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [node for family in FAMILIES for node in family.NODES]

@@ -1,0 +1,72 @@
+"""ComfyUI for the host tests: in this process, and as one server for the whole session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from semantic_style.demo import locate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _bring_in_host(folder: Path, base: Path) -> None:
+    """Make ComfyUI importable and set its command line before anything reads it."""
+    import torch
+
+    sys.path.insert(0, str(folder))
+    import comfy.cli_args
+
+    arguments = comfy.cli_args.args
+    arguments.cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    arguments.use_pytorch_cross_attention = True
+    # Models, outputs and temporary files of a test must not land in somebody's ComfyUI.
+    arguments.base_directory = str(base)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = locate.find_host(ROOT)
+    if folder is not None:
+        _bring_in_host(folder, Path(config._tmp_path_factory.mktemp("comfy")))  # type: ignore[attr-defined]
+
+
+class HostlessModule(pytest.File):
+    """Stands for a test file that cannot even be imported without ComfyUI; tests/conftest.py skips what is in it."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        yield HostlessTests.from_parent(self, name="all")
+
+
+class HostlessTests(pytest.Item):
+    def runtest(self) -> None:
+        pytest.skip(locate.why_no_host())
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, self.name
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
+    if locate.find_host(ROOT) is not None:
+        return None
+    return HostlessModule.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(scope="session")
+def comfy_server(host_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """One running ComfyUI with the pack in it, as a `semantic_style.demo.server.Server`."""
+    from semantic_style.demo.server import comfy_server
+
+    log = tmp_path_factory.mktemp("server") / "comfyui.log"
+    with comfy_server(host_folder, ROOT, log=log) as server:
+        yield server
+
+
+@pytest.fixture
+def comfy_client(comfy_server) -> Iterator:
+    """A `semantic_style.demo.client.Client` connected to `comfy_server`."""
+    from semantic_style.demo.client import Client
+
+    with Client(comfy_server.address) as client:
+        yield client

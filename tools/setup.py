@@ -1,0 +1,356 @@
+"""Make what `make demo` and `make test` need, once, then run a command in it.
+
+    python3 tools/setup.py [--retry-host] [-- ARGUMENTS FOR THE ENVIRONMENT'S PYTHON]
+
+Standard library only, any Python from 3.10 on. It makes a virtual environment (.venv, or $SEMANTIC_STYLE_VENV), finds
+ComfyUI (see demo/locate.py) or installs it with comfy-cli, and installs the dependencies of both the pack and
+ComfyUI. ComfyUI's own environment is never touched: the pack's environment gets ComfyUI's requirements, too.
+
+A later call compares a stamp and does nothing more. An attempt to install ComfyUI that failed is written down as well
+and repeated only with --retry-host (`make setup`). An environment named by $SEMANTIC_STYLE_VENV that was made by
+somebody else is used as it is, never changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).absolute().parent.parent
+OLDEST = (3, 10)
+# The newest Python that torch is known to have wheels for; a newer one is used when there is no other.
+NEWEST = (3, 14)
+OTHER_PYTHONS = ("python3.12", "python3.13", "python3.11", "python3.14", "python3.10")
+
+STAMP = "semantic-style.json"
+STAMP_FORMAT = 1
+HOST_URL = "https://github.com/comfyanonymous/ComfyUI"
+REACH_SECONDS = 20
+CLI_SECONDS = 600
+HOST_SECONDS = 900
+# What ComfyUI imports but does not list.
+HOST_EXTRAS = ["requests"]
+
+
+class SetupError(Exception):
+    """What went wrong and what to do, in a line or two for the terminal."""
+
+
+def say(text: str) -> None:
+    print(f"[setup] {text}", flush=True)
+
+
+def load_locate():
+    """demo/locate.py as a module, without the package around it, which needs torch."""
+    spec = importlib.util.spec_from_file_location("locate", ROOT / "demo" / "locate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+locate = load_locate()
+
+
+def declared(pyproject: str) -> list[str]:
+    """The requirements of the pack with its extras `demo` and `test`, from the text of pyproject.toml."""
+    # tomllib came with 3.11; an array of plain strings is a Python literal as well.
+    requirements: list[str] = []
+    for name in ("dependencies", "demo", "test"):
+        array = re.search(rf"^{name} = (\[.*?^\])", pyproject, re.MULTILINE | re.DOTALL)
+        if array is None:
+            raise SetupError(f"pyproject.toml has no list `{name} = [...]`")
+        requirements += [item for item in ast.literal_eval(array.group(1)) if item not in requirements]
+    return requirements
+
+
+def wanted_key(host: Path | None) -> str:
+    """A digest of all that decides what the environment has to hold."""
+    parts = [str(STAMP_FORMAT), *declared((ROOT / "pyproject.toml").read_text(encoding="utf-8"))]
+    if host is not None:
+        parts += [str(host), (host / "requirements.txt").read_text(encoding="utf-8"), *HOST_EXTRAS]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def python_of(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def read_stamp(venv: Path) -> dict:
+    try:
+        return json.loads((venv / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_stamp(venv: Path, **entries) -> None:
+    # Replaced in one step: an interrupted write must not look like a finished set-up.
+    new = venv / (STAMP + ".new")
+    new.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    os.replace(new, venv / STAMP)
+
+
+def works(python: Path) -> bool:
+    test = f"import sys; sys.exit(sys.version_info < {OLDEST})"
+    try:
+        return subprocess.run([python, "-c", test], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def make_venv(venv: Path) -> None:
+    """A working virtual environment with pip at `venv`; a broken one there is replaced."""
+    python = python_of(venv)
+    if not works(python):
+        say(f"making a virtual environment in {venv} with Python {sys.version.split()[0]}")
+        # Without pip first: Debian's Python has `venv` but not always `ensurepip`.
+        made = subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", venv])
+        if made.returncode != 0 or not works(python):
+            raise SetupError(f"{sys.executable} cannot make virtual environments; on Debian: apt install python3-venv")
+        write_stamp(venv)
+    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return
+    if subprocess.run([python, "-m", "ensurepip", "--upgrade"], capture_output=True).returncode != 0:
+        install_pip_from_registry(python)
+
+
+def install_pip_from_registry(python: Path) -> None:
+    """pip for a Python that comes without it: its wheel runs from inside the archive."""
+    say("this Python has no ensurepip: taking pip from PyPI")
+    try:
+        with urllib.request.urlopen(os.environ.get("PIP_METADATA_URL", ""), timeout=60) as answer:
+            files = json.load(answer)["urls"]
+        wheel = next(file for file in files if file["packagetype"] == "bdist_wheel")
+        with urllib.request.urlopen(wheel["url"], timeout=60) as answer:
+            content = answer.read()
+    except (OSError, StopIteration, ValueError, KeyError) as error:
+        raise SetupError(f"pip cannot be had ({error}); on Debian: apt install python3-venv") from error
+    if hashlib.sha256(content).hexdigest() != wheel["digests"]["sha256"]:
+        raise SetupError("the pip wheel from PyPI is damaged; try again")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / wheel["filename"]
+        path.write_bytes(content)
+        subprocess.run([python, path / "pip", "install", "--no-index", path], check=True)
+
+
+def pip_install(python: Path, *arguments: str) -> None:
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    if subprocess.run(command).returncode != 0:
+        raise SetupError(f"pip failed; is PyPI reachable? The command was: {' '.join(command)}")
+
+
+def run_limited(command: list, seconds: float, **options) -> tuple[int | None, str]:
+    """Exit status (None: could not start, or out of time) and output of a command; all its processes end with it."""
+    try:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=os.name != "nt",
+            **options,
+        )
+    except OSError as error:
+        return None, str(error)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        return None, f"no end after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            if os.name == "nt":
+                process.kill()
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def last_line(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def install_host(venv: Path) -> str | None:
+    """Install ComfyUI into ~/comfy/ComfyUI with comfy-cli. Gives back why that failed, or None."""
+    if not shutil.which("git"):
+        return "git is not installed"
+    # git waits minutes for a connection that goes nowhere; ask whether there is one before starting anything big.
+    quiet = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    status, output = run_limited(["git", "ls-remote", "--exit-code", HOST_URL, "HEAD"], REACH_SECONDS, env=quiet)
+    if status != 0:
+        return f"{HOST_URL} cannot be reached ({last_line(output)})"
+    python = python_of(venv)
+    say("installing ComfyUI into ~/comfy/ComfyUI with comfy-cli")
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "comfy-cli"]
+    status, output = run_limited(install, CLI_SECONDS)
+    if status != 0:
+        return f"comfy-cli cannot be installed ({last_line(output)})"
+    workspace = Path("~/comfy/ComfyUI").expanduser()
+    # torch and the requirements go into this environment, by the pip call that installs the pack's own.
+    command = [python, "-m", "comfy_cli", "--skip-prompt", "--workspace", workspace, "install", "--version", "latest"]
+    command += ["--skip-manager", "--skip-torch-or-directml", "--skip-requirement", "--cpu"]
+    with tempfile.TemporaryDirectory() as home:
+        status, output = run_limited(command, HOST_SECONDS, env=comfy_cli_environment(venv, Path(home)))
+    if locate.is_host(workspace):
+        return None
+    return f"`comfy install` failed ({last_line(output)})"
+
+
+def comfy_cli_environment(venv: Path, home: Path) -> dict[str, str]:
+    """Variables for comfy-cli: no telemetry, its settings thrown away (the user's own stay as they are)."""
+    environment = {**os.environ, "VIRTUAL_ENV": str(venv), "DO_NOT_TRACK": "1", "GIT_TERMINAL_PROMPT": "0"}
+    gitconfig = Path("~/.gitconfig").expanduser()
+    if gitconfig.is_file():
+        environment.setdefault("GIT_CONFIG_GLOBAL", str(gitconfig))
+    environment["HOME" if os.name != "nt" else "USERPROFILE"] = str(home)
+    return environment
+
+
+def missing_in(python: Path, requirements: list[str]) -> list[str]:
+    """Those of the requirements whose distribution an environment lacks (versions are not compared)."""
+    names = [re.match(r"[A-Za-z0-9._-]+", item).group(0) for item in requirements]
+    code = (
+        "import sys, importlib.metadata as m\n"
+        "for n in sys.argv[1:]:\n"
+        "    try: m.version(n)\n"
+        "    except m.PackageNotFoundError: print(n)\n"
+    )
+    return subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True).stdout.split()
+
+
+def is_foreign(venv: Path, given: bool) -> bool:
+    return given and not (venv / STAMP).exists() and works(python_of(venv))
+
+
+def check_foreign(venv: Path, host: Path | None) -> None:
+    """Refuse an environment of somebody else's that lacks something: it is theirs, so nothing is installed into it."""
+    requirements = declared((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    if host is not None:
+        lines = (line.split("#")[0].strip() for line in (host / "requirements.txt").read_text().splitlines())
+        requirements += [line for line in lines if line] + HOST_EXTRAS
+    missing = missing_in(python_of(venv), requirements)
+    if missing:
+        raise SetupError(
+            f"SEMANTIC_STYLE_VENV={venv} lacks {', '.join(missing)}. It was not made by this script, so it is left "
+            f"alone. Install them: {python_of(venv)} -m pip install {' '.join(missing)}"
+        )
+
+
+def set_up(venv: Path, given: bool, retry_host: bool) -> None:
+    """Bring the environment at `venv` up to date; `given`: named by the user, so perhaps not ours."""
+    host = locate.find_host(ROOT)
+    named = os.environ.get("COMFYUI_PATH")
+    if named and not locate.switched_off() and not locate.is_host(Path(named).expanduser()):
+        say(f"COMFYUI_PATH={named} is no ComfyUI; looking on without it")
+    if is_foreign(venv, given):
+        check_foreign(venv, host)
+        return
+    stamp = read_stamp(venv)
+    tried = bool(stamp.get("host_failure")) and not retry_host
+    settled = host is not None or tried or locate.switched_off()
+    if settled and stamp.get("key") == wanted_key(host) and works(python_of(venv)):
+        if host is None:
+            say_without_host(stamp.get("host_failure"))
+        return
+    make_venv(venv)
+    failure = stamp.get("host_failure")
+    if not settled:
+        failure = install_host(venv)
+        host = locate.find_host(ROOT)
+    if host is not None:
+        failure = None
+        say(f"installing the pack's and ComfyUI's requirements (ComfyUI: {host})")
+        pip_install(
+            python_of(venv),
+            *("-r", str(host / "requirements.txt")),
+            *HOST_EXTRAS,
+            *declared((ROOT / "pyproject.toml").read_text(encoding="utf-8")),
+        )
+    else:
+        say_without_host(failure)
+        say("installing the pack's requirements")
+        pip_install(python_of(venv), *declared((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    write_stamp(venv, key=wanted_key(host), host=str(host) if host else None, host_failure=failure)
+
+
+def say_without_host(failure: str | None) -> None:
+    reason = locate.why_no_host()
+    if failure and not locate.switched_off():
+        reason += f"; installing it failed: {failure}. `make setup` tries again"
+    say(f"going on without ComfyUI: {reason}")
+
+
+@contextlib.contextmanager
+def only_one(lock: Path):
+    """Hold off a second set-up from this folder while one is going on."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def suitable_python() -> str | None:
+    """Another Python to run this script with, when the one that runs it is too old or very new."""
+    if OLDEST <= sys.version_info[:2] <= NEWEST:
+        return None
+    found = (shutil.which(name) for name in OTHER_PYTHONS)
+    other = next((path for path in found if path and works(Path(path))), None)
+    if other is None and sys.version_info < OLDEST:
+        raise SetupError(
+            f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ..."
+        )
+    return other
+
+
+def main(arguments: list[str]) -> None:
+    if other := suitable_python():
+        os.execv(other, [other, __file__, *arguments])
+    command: list[str] = []
+    if "--" in arguments:
+        cut = arguments.index("--")
+        arguments, command = arguments[:cut], arguments[cut + 1 :]
+    unknown = [argument for argument in arguments if argument != "--retry-host"]
+    if unknown:
+        raise SetupError(f"unknown argument {unknown[0]}\n{__doc__}")
+    named = os.environ.get("SEMANTIC_STYLE_VENV")
+    venv = Path(named).expanduser().absolute() if named else ROOT / ".venv"
+    with only_one(ROOT / ".venv.lock"):
+        set_up(venv, bool(named), "--retry-host" in arguments)
+    if command:
+        run_in(python_of(venv), command)
+
+
+def run_in(python: Path, command: list[str]) -> None:
+    """Become the environment's Python, so that signals and the exit status are its own."""
+    if os.name != "nt":
+        os.execv(python, [str(python), *command])
+    sys.exit(subprocess.run([python, *command]).returncode)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except SetupError as error:
+        sys.exit(f"[setup] {error}")
+    except KeyboardInterrupt:
+        sys.exit("[setup] interrupted; the next call goes on from here")
