@@ -1,0 +1,67 @@
+"""DDIM inversion, with optional fixed-point refinement.
+
+Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, section 4.3: Euler's method up the schedule. SCSA
+(Shang et al., CVPR 2025) and StyleID (Chung et al., CVPR 2024) use it with 50 steps, the empty prompt and no guidance.
+Refinement solves each step's implicit equation, as Pan et al., "AIDI", ICCV 2023, and Garibi et al., "ReNoise", ECCV
+2024 do.
+"""
+
+import torch
+from torch import Tensor
+
+from .inversion import Inversion
+from .steps import Callback, Model, call_model, check_latent, check_schedule, noise_prediction, working_dtype
+
+
+@torch.no_grad()
+def ddim_inversion(
+    model: Model,
+    clean: Tensor,
+    sigmas: Tensor,
+    *,
+    refine: int = 0,
+    extra_args: dict | None = None,
+    callback: Callback | None = None,
+) -> Inversion:
+    """Invert `clean` on the levels `sigmas` with N * (1 + refine) model evaluations.
+
+    From the clean end: `x_i = x_{i+1} + (s_i - s_{i+1}) eps_hat(x_{i+1}, s_{i+1})`; where `s_{i+1}` is 0 the prediction
+    is taken at `s_i`. Each refinement takes it at the current estimate instead: `x_i <- x_{i+1} + (s_i - s_{i+1})
+    eps_hat(x_i, s_i)`, whose fixed point a DDIM step maps back to `x_{i+1}` exactly. It converges without guidance only
+    (CFG 1).
+
+    Args:
+        model: `model(x, sigma, **extra_args) -> denoised`, x [B, C, *S], sigma [B].
+        clean: [B, C, *S] in the model's coordinates; several images go through as one batch.
+        sigmas: [N+1] strictly decreasing, the last 0 as a rule.
+        refine: fixed-point iterations of each step.
+        extra_args: keyword arguments for every model call.
+        callback: see `steps.Callback`; once per model call.
+    Returns:
+        an `Inversion` of kind "ddim".
+    Raises:
+        ValueError: unusable latent or schedule, negative refine. FloatingPointError: a prediction that is not finite.
+    """
+    check_latent(clean)
+    check_schedule(sigmas)
+    if refine < 0:
+        raise ValueError(f"refine must be 0 or more, got {refine}")
+    clean = clean.to(working_dtype(clean))
+    levels = sigmas.to(clean)
+    n = len(levels) - 1
+    args = extra_args or {}
+    total, call = n * (1 + refine), 0
+    trajectory = torch.empty((n + 1, *clean.shape), dtype=clean.dtype, device=clean.device)
+    trajectory[n] = x = clean
+    for i in reversed(range(n)):
+        below = x
+        s = levels[i + 1] if levels[i + 1] > 0 else levels[i]
+        for _ in range(1 + refine):
+            denoised = call_model(model, x, s.expand(len(x)), i, args)
+            x = below + (levels[i] - levels[i + 1]) * noise_prediction(x, denoised, s)
+            s = levels[i]
+            if callback is not None:
+                callback({"i": call, "total": total, "x": x, "sigma": s, "denoised": denoised})
+            call += 1
+        trajectory[i] = x
+    return Inversion(kind="ddim", clean=clean, trajectory=trajectory, sigmas=sigmas.detach().cpu())

@@ -1,0 +1,105 @@
+"""Replaying an inversion: the same image with the same model and conditioning, an edit of it with others.
+
+DDPM: Huberman-Spiegelglas et al., CVPR 2024, section 3.3; the steps add the inversion's own noise maps in place of
+fresh noise. DDIM: Song et al., ICLR 2021; plain Euler steps.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .inversion import Inversion
+from .steps import Callback, Model, ancestral_noise, call_model, noise_prediction, posterior_mean, working_dtype
+
+# What is kept of the replay, 1 the new picture, 0 the inverted one: a tensor that broadcasts to [B, C, *S], or a
+# function of the level that gives one.
+Mask: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def replay(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    *,
+    inversion: Inversion,
+    exact: bool = True,
+    mask: Mask | None = None,
+    resident: bool = True,
+) -> Tensor:
+    """Sample along an inversion, from `x` as given.
+
+    DDPM: `x_{i+1} = mu(x_i, denoised_i) + up_i w_i`, on the inversion's last step `mu + residual`. DDIM: Euler.
+    From the stored latent with the model, conditioning and guidance of the inversion, a DDPM replay gives the clean
+    latent back to rounding.
+
+    Args:
+        model: `model(x, sigma, **extra_args) -> denoised`, x [B, C, *S], sigma [B].
+        x: [B, C, *S], the latent at `sigmas[0]`, the inversion's own or a changed one.
+        sigmas: [n+1], a contiguous part of the inversion's levels; starting later leaves more of the image as it is.
+        callback: see `steps.Callback`; once per step.
+        disable: of k-diffusion's contract, unused: progress is the callback's matter.
+        inversion: of the same batch, channels and size as x.
+        exact: add the residual on the last step. The authors leave it out, and reconstruct only roughly.
+        mask: where it is 0 the inversion's own trajectory is kept at every level, so that the clean latent comes out
+            there.
+        resident: move all that is needed of the inversion to x's device once, before the first step; False copies step
+            by step, for inversions that do not fit there.
+    Returns:
+        [B, C, *S], the latent at `sigmas[-1]`.
+    Raises:
+        ValueError: another schedule or shape than the inversion's. FloatingPointError: a prediction that is not finite.
+    """
+    inversion.check_fits(x.shape)
+    start = inversion.find(sigmas)
+    stop = start + len(sigmas) - 1
+    x = x.to(working_dtype(x))
+    levels = inversion.sigmas.to(x)
+    part = _Part(inversion, start, stop, x, mask, resident)
+    args = extra_args or {}
+    for i in range(start, stop):
+        x = part.keep(x, i, levels[i])
+        denoised = call_model(model, x, levels[i].expand(len(x)), i, args)
+        if callback is not None:
+            callback({"i": i - start, "total": stop - start, "x": x, "sigma": levels[i], "denoised": denoised})
+        if inversion.kind == "ddim":
+            x = x + (levels[i + 1] - levels[i]) * noise_prediction(x, denoised, levels[i])
+            continue
+        x = posterior_mean(x, denoised, levels[i], levels[i + 1])
+        if i < inversion.steps - 1:
+            _, up = ancestral_noise(levels[i], levels[i + 1])
+            x = x + up * part.noise_map(i, x)
+        elif exact and inversion.residual is not None:
+            x = x + inversion.residual.to(x)
+    return part.keep(x, stop, levels[max(stop - 1, 0)])
+
+
+class _Part:
+    """The steps `start..stop` of an inversion, for one run."""
+
+    def __init__(
+        self, inversion: Inversion, start: int, stop: int, like: Tensor, mask: Mask | None, resident: bool
+    ) -> None:
+        self.start = start
+        self.mask = mask
+        self.maps = None if inversion.noise_maps is None else inversion.noise_maps[start:stop]
+        self.trajectory = None if mask is None else inversion.trajectory[start : stop + 1]
+        if resident:
+            self.maps = None if self.maps is None else self.maps.to(like)
+            self.trajectory = None if self.trajectory is None else self.trajectory.to(like)
+
+    def noise_map(self, step: int, like: Tensor) -> Tensor:
+        assert self.maps is not None
+        return self.maps[step - self.start].to(like)
+
+    def keep(self, x: Tensor, step: int, sigma: Tensor) -> Tensor:
+        """x with the inversion's own latent of that step where the mask is 0."""
+        if self.mask is None or self.trajectory is None:
+            return x
+        mask = self.mask(sigma) if callable(self.mask) else self.mask
+        return torch.lerp(self.trajectory[step - self.start].to(x), x, mask.to(x).expand_as(x))

@@ -1,0 +1,115 @@
+"""One step of DDPM and DDIM sampling, in variance-exploding coordinates `x = clean + sigma * eps`.
+
+DDPM: Ho et al. 2020; as the ancestral step with eta 1 of Karras et al. 2022 / k-diffusion. DDIM: Song et al. 2021,
+which is Euler's method on the probability-flow ODE `dx/dsigma = (x - denoised)/sigma`. A model call returns `denoised`,
+so eps-, v- and EDM-parametrised models need no distinction.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# `model(x, sigma, **extra_args) -> denoised`: x [R, C, *S], sigma [R], denoised [R, C, *S].
+Model = Callable[..., Tensor]
+# Called after every model call with "i" (the last step or evaluation that is done, from 0), "total" (how many there
+# will be), and of that step "x" [B, C, *S], "sigma", "denoised".
+Callback = Callable[[dict], None]
+
+
+def ancestral_noise(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+    """What a DDPM step from `sigma` to `sigma_next` keeps of the noise (`down`) and what it draws anew (`up`).
+
+    `down = s'^2 / s`, `up^2 = s'^2 (s^2 - s'^2) / s^2`, so that `down^2 + up^2 = s'^2`. Any matching shapes; sigma > 0.
+    """
+    down = sigma_next.square() / sigma
+    # As a product of sum and difference: the squares of close levels would cancel.
+    up = sigma_next / sigma * ((sigma - sigma_next) * (sigma + sigma_next)).sqrt()
+    return down, up
+
+
+def posterior_mean(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """Mean of the DDPM step: `denoised + down * (x - denoised)/s`. Levels broadcast against x."""
+    down, _ = ancestral_noise(sigma, sigma_next)
+    return denoised + down / sigma * (x - denoised)
+
+
+def noise_prediction(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
+    """`eps_hat = (x - denoised)/s`, the slope `dx/dsigma` of the probability-flow ODE. sigma > 0."""
+    return (x - denoised) / sigma
+
+
+def check_schedule(sigmas: Tensor) -> None:
+    """Raise ValueError unless `sigmas` [N+1] are finite, strictly decreasing, not negative, and make at least one
+    step.
+    """
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(
+            f"sigmas: expected one axis with at least two noise levels, got the shape {list(sigmas.shape)}"
+        )
+    if not torch.isfinite(sigmas).all():
+        raise ValueError(f"sigmas contain NaN or infinity: {sigmas.tolist()}")
+    if (sigmas[1:] >= sigmas[:-1]).any():
+        at = int((sigmas[1:] >= sigmas[:-1]).nonzero()[0])
+        raise ValueError(
+            f"sigmas must decrease at every step, but step {at} goes from {float(sigmas[at]):g} to "
+            f"{float(sigmas[at + 1]):g}; use fewer steps or another scheduler"
+        )
+    if sigmas[-1] < 0:
+        raise ValueError(f"sigmas must not be negative, the last one is {float(sigmas[-1]):g}")
+
+
+def check_latent(clean: Tensor) -> None:
+    """Raise ValueError unless `clean` is a finite floating-point tensor [B, C, *S] with at least one place."""
+    if not clean.is_floating_point() or clean.ndim < 3 or 0 in clean.shape:
+        raise ValueError(
+            f"a latent must be a floating-point tensor [B, C, ...] with no empty axis, got {clean.dtype} "
+            f"{list(clean.shape)}"
+        )
+    if not torch.isfinite(clean).all():
+        bad = int((~torch.isfinite(clean)).sum())
+        raise ValueError(
+            f"the latent has {bad} NaN or infinite values ({clean.dtype}, {list(clean.shape)}); look at the image and "
+            "the VAE that made it (some VAEs overflow in float16)"
+        )
+
+
+def call_model(model: Model, x: Tensor, sigma: Tensor, step: int, extra_args: dict) -> Tensor:
+    """The model's prediction for rows [R, C, *S] at levels [R], in x's dtype.
+
+    Raises:
+        ValueError: the prediction has another shape than x.
+        FloatingPointError: the prediction is not finite; names the step, its level and the dtype that the model runs in
+            (its attribute `dtype`, where it has one).
+    """
+    denoised = model(x, sigma, **extra_args)
+    if denoised.shape != x.shape:
+        raise ValueError(f"the model returned {list(denoised.shape)} for a latent {list(x.shape)}")
+    if not torch.isfinite(denoised).all():
+        _blame(model, denoised, sigma, step)
+    return denoised.to(x.dtype)
+
+
+def _blame(model: Model, denoised: Tensor, sigma: Tensor, step: int) -> None:
+    broken = ~torch.isfinite(denoised.flatten(1)).all(dim=1)
+    row = int(broken.nonzero()[0])
+    # Rows are grouped by level, highest first: the rows of earlier levels tell how many steps the first bad one is
+    # behind.
+    steps_behind = len(torch.unique(sigma[: row + 1])) - 1
+    dtype = getattr(model, "dtype", None) or denoised.dtype
+    raise FloatingPointError(
+        f"the model's prediction is NaN or infinite at step {step + steps_behind}, sigma {float(sigma[row]):.4g}, with "
+        f"the model in {dtype}; try it in float32 or bfloat16, without the last patches, or with a lower CFG"
+    )
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 latent: exact inversion cannot afford half precision whatever the model runs
+    in.
+    """
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def per_row(levels: Tensor, like: Tensor) -> Tensor:
+    """Levels [R] shaped to broadcast against rows [R, C, *S]."""
+    return levels.reshape(-1, *[1] * (like.ndim - 1))
