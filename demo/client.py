@@ -207,7 +207,7 @@ class _Tracker:
             raise GraphInterrupted("the run was interrupted")
         if kind == "execution_cached":
             self.done.update(data.get("nodes", []))
-        elif kind == "executing":
+        elif kind in ("executing", "execution_success"):
             if self.running is not None:
                 self.done.add(self.running)
             self.running = data.get("node")
@@ -215,7 +215,7 @@ class _Tracker:
             return self.running is None
         elif kind == "progress":
             self._tell(int(data["value"]), int(data["max"]))
-        return kind == "execution_success"
+        return False
 
     def _tell(self, value: int = 0, maximum: int = 0) -> None:
         title = node_title(self.graph, self.running) if self.running is not None else ""

@@ -21,6 +21,7 @@ from pathlib import Path
 ADDRESS = "127.0.0.1"
 START_SECONDS = 300.0
 POLL_SECONDS = 0.2
+PROBE_SECONDS = 2.0
 STOP_SECONDS = 10.0
 PORT_TRIES = 5
 TAIL_LINES = 25
@@ -142,7 +143,7 @@ def _wait_until_ready(server: Server, seconds: float) -> None:
 
 def _answers(server: Server) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{server.address}/system_stats", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{server.address}/system_stats", timeout=PROBE_SECONDS) as answer:
             system = json.load(answer)["system"]
     except (OSError, ValueError, KeyError):
         return False

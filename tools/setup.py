@@ -21,12 +21,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import urllib.request
 from pathlib import Path
+
+from comfy_install import install_host
 
 ROOT = Path(__file__).absolute().parent.parent
 OLDEST = (3, 10)
@@ -36,10 +37,7 @@ OTHER_PYTHONS = ("python3.12", "python3.13", "python3.11", "python3.14", "python
 
 STAMP = "semantic-style.json"
 STAMP_FORMAT = 1
-HOST_URL = "https://github.com/comfyanonymous/ComfyUI"
-REACH_SECONDS = 20
-CLI_SECONDS = 600
-HOST_SECONDS = 900
+HOST_FOLDER = Path("~/comfy/ComfyUI").expanduser()
 # What ComfyUI imports but does not list.
 HOST_EXTRAS = ["requests"]
 
@@ -75,12 +73,27 @@ def declared(pyproject: str) -> list[str]:
     return requirements
 
 
-def wanted_key(host: Path | None) -> str:
-    """A digest of all that decides what the environment has to hold."""
-    parts = [str(STAMP_FORMAT), *declared((ROOT / "pyproject.toml").read_text(encoding="utf-8"))]
-    if host is not None:
-        parts += [str(host), (host / "requirements.txt").read_text(encoding="utf-8"), *HOST_EXTRAS]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def pack_requirements() -> list[str]:
+    return declared((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def host_requirements(host: Path) -> list[str]:
+    lines = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in (line.split("#")[0].strip() for line in lines) if line] + HOST_EXTRAS
+
+
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join((str(STAMP_FORMAT), *parts)).encode()).hexdigest()
+
+
+def pack_key() -> str:
+    """Changes with what the pack needs."""
+    return digest(*pack_requirements())
+
+
+def host_key(host: Path) -> str:
+    """Changes with the ComfyUI that is used and with what it needs."""
+    return digest(str(host), *host_requirements(host))
 
 
 def python_of(venv: Path) -> Path:
@@ -150,77 +163,6 @@ def pip_install(python: Path, *arguments: str) -> None:
         raise SetupError(f"pip failed; is PyPI reachable? The command was: {' '.join(command)}")
 
 
-def run_limited(command: list, seconds: float, **options) -> tuple[int | None, str]:
-    """Exit status (None: could not start, or out of time) and output of a command; all its processes end with it."""
-    try:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=os.name != "nt",
-            **options,
-        )
-    except OSError as error:
-        return None, str(error)
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
-        return None, f"no end after {seconds:.0f} s"
-    finally:
-        if process.poll() is None:
-            if os.name == "nt":
-                process.kill()
-            else:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def last_line(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
-
-
-def install_host(venv: Path) -> str | None:
-    """Install ComfyUI into ~/comfy/ComfyUI with comfy-cli. Gives back why that failed, or None."""
-    if not shutil.which("git"):
-        return "git is not installed"
-    # git waits minutes for a connection that goes nowhere; ask whether there is one before starting anything big.
-    quiet = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    status, output = run_limited(["git", "ls-remote", "--exit-code", HOST_URL, "HEAD"], REACH_SECONDS, env=quiet)
-    if status != 0:
-        return f"{HOST_URL} cannot be reached ({last_line(output)})"
-    python = python_of(venv)
-    say("installing ComfyUI into ~/comfy/ComfyUI with comfy-cli")
-    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "comfy-cli"]
-    status, output = run_limited(install, CLI_SECONDS)
-    if status != 0:
-        return f"comfy-cli cannot be installed ({last_line(output)})"
-    workspace = Path("~/comfy/ComfyUI").expanduser()
-    # torch and the requirements go into this environment, by the pip call that installs the pack's own.
-    command = [python, "-m", "comfy_cli", "--skip-prompt", "--workspace", workspace, "install", "--version", "latest"]
-    command += ["--skip-manager", "--skip-torch-or-directml", "--skip-requirement", "--cpu"]
-    with tempfile.TemporaryDirectory() as home:
-        status, output = run_limited(command, HOST_SECONDS, env=comfy_cli_environment(venv, Path(home)))
-    if locate.is_host(workspace):
-        return None
-    return f"`comfy install` failed ({last_line(output)})"
-
-
-def comfy_cli_environment(venv: Path, home: Path) -> dict[str, str]:
-    """Variables for comfy-cli: no telemetry, its settings thrown away (the user's own stay as they are)."""
-    environment = {**os.environ, "VIRTUAL_ENV": str(venv), "DO_NOT_TRACK": "1", "GIT_TERMINAL_PROMPT": "0"}
-    gitconfig = Path("~/.gitconfig").expanduser()
-    if gitconfig.is_file():
-        environment.setdefault("GIT_CONFIG_GLOBAL", str(gitconfig))
-    environment["HOME" if os.name != "nt" else "USERPROFILE"] = str(home)
-    return environment
-
-
 def missing_in(python: Path, requirements: list[str]) -> list[str]:
     """Those of the requirements whose distribution an environment lacks (versions are not compared)."""
     names = [re.match(r"[A-Za-z0-9._-]+", item).group(0) for item in requirements]
@@ -230,20 +172,17 @@ def missing_in(python: Path, requirements: list[str]) -> list[str]:
         "    try: m.version(n)\n"
         "    except m.PackageNotFoundError: print(n)\n"
     )
-    return subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True).stdout.split()
+    found = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
+    return sorted(set(found.stdout.split()))
 
 
-def is_foreign(venv: Path, given: bool) -> bool:
-    return given and not (venv / STAMP).exists() and works(python_of(venv))
+def is_foreign(venv: Path) -> bool:
+    return not (venv / STAMP).exists() and works(python_of(venv))
 
 
 def check_foreign(venv: Path, host: Path | None) -> None:
     """Refuse an environment of somebody else's that lacks something: it is theirs, so nothing is installed into it."""
-    requirements = declared((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    if host is not None:
-        lines = (line.split("#")[0].strip() for line in (host / "requirements.txt").read_text().splitlines())
-        requirements += [line for line in lines if line] + HOST_EXTRAS
-    missing = missing_in(python_of(venv), requirements)
+    missing = missing_in(python_of(venv), pack_requirements() + (host_requirements(host) if host else []))
     if missing:
         raise SetupError(
             f"SEMANTIC_STYLE_VENV={venv} lacks {', '.join(missing)}. It was not made by this script, so it is left "
@@ -251,41 +190,34 @@ def check_foreign(venv: Path, host: Path | None) -> None:
         )
 
 
-def set_up(venv: Path, given: bool, retry_host: bool) -> None:
-    """Bring the environment at `venv` up to date; `given`: named by the user, so perhaps not ours."""
-    host = locate.find_host(ROOT)
-    named = os.environ.get("COMFYUI_PATH")
-    if named and not locate.switched_off() and not locate.is_host(Path(named).expanduser()):
-        say(f"COMFYUI_PATH={named} is no ComfyUI; looking on without it")
-    if is_foreign(venv, given):
-        check_foreign(venv, host)
-        return
+def is_up_to_date(venv: Path, stamp: dict, host: Path | None) -> bool:
+    fits_host = host is None or stamp.get("host") == host_key(host)
+    return fits_host and stamp.get("pack") == pack_key() and works(python_of(venv))
+
+
+def set_up(venv: Path, host: Path | None, retry_host: bool) -> None:
+    """Bring our environment at `venv` up to date for the ComfyUI in `host`; without one, try to install it first."""
     stamp = read_stamp(venv)
-    tried = bool(stamp.get("host_failure")) and not retry_host
-    settled = host is not None or tried or locate.switched_off()
-    if settled and stamp.get("key") == wanted_key(host) and works(python_of(venv)):
+    failure = stamp.get("host_failure")
+    try_host = host is None and not locate.switched_off() and (retry_host or not failure)
+    if not try_host and is_up_to_date(venv, stamp, host):
         if host is None:
-            say_without_host(stamp.get("host_failure"))
+            say_without_host(failure)
         return
     make_venv(venv)
-    failure = stamp.get("host_failure")
-    if not settled:
-        failure = install_host(venv)
+    if try_host:
+        say("looking for ComfyUI on the network")
+        failure = install_host(venv, python_of(venv), HOST_FOLDER)
         host = locate.find_host(ROOT)
-    if host is not None:
-        failure = None
-        say(f"installing the pack's and ComfyUI's requirements (ComfyUI: {host})")
-        pip_install(
-            python_of(venv),
-            *("-r", str(host / "requirements.txt")),
-            *HOST_EXTRAS,
-            *declared((ROOT / "pyproject.toml").read_text(encoding="utf-8")),
-        )
-    else:
+    if host is None:
         say_without_host(failure)
         say("installing the pack's requirements")
-        pip_install(python_of(venv), *declared((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
-    write_stamp(venv, key=wanted_key(host), host=str(host) if host else None, host_failure=failure)
+        pip_install(python_of(venv), *pack_requirements())
+        write_stamp(venv, pack=pack_key(), host_failure=failure)
+    else:
+        say(f"installing the pack's and ComfyUI's requirements (ComfyUI: {host})")
+        pip_install(python_of(venv), *pack_requirements(), *host_requirements(host))
+        write_stamp(venv, pack=pack_key(), host=host_key(host))
 
 
 def say_without_host(failure: str | None) -> None:
@@ -293,6 +225,12 @@ def say_without_host(failure: str | None) -> None:
     if failure and not locate.switched_off():
         reason += f"; installing it failed: {failure}. `make setup` tries again"
     say(f"going on without ComfyUI: {reason}")
+
+
+def warn_of_wrong_path() -> None:
+    named = os.environ.get("COMFYUI_PATH")
+    if named and not locate.switched_off() and not locate.is_host(Path(named).expanduser()):
+        say(f"COMFYUI_PATH={named} is no ComfyUI; looking on without it")
 
 
 @contextlib.contextmanager
@@ -334,8 +272,13 @@ def main(arguments: list[str]) -> None:
         raise SetupError(f"unknown argument {unknown[0]}\n{__doc__}")
     named = os.environ.get("SEMANTIC_STYLE_VENV")
     venv = Path(named).expanduser().absolute() if named else ROOT / ".venv"
-    with only_one(ROOT / ".venv.lock"):
-        set_up(venv, bool(named), "--retry-host" in arguments)
+    host = locate.find_host(ROOT)
+    warn_of_wrong_path()
+    if named and is_foreign(venv):
+        check_foreign(venv, host)
+    else:
+        with only_one(ROOT / ".venv.lock"):
+            set_up(venv, host, "--retry-host" in arguments)
     if command:
         run_in(python_of(venv), command)
 

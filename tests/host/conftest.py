@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def _bring_in_host(folder: Path, base: Path) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     folder = locate.find_host(ROOT)
     if folder is not None:
-        _bring_in_host(folder, Path(config._tmp_path_factory.mktemp("comfy")))  # type: ignore[attr-defined]
+        base = tempfile.TemporaryDirectory(prefix="semantic-style-tests-")
+        config.add_cleanup(base.cleanup)
+        _bring_in_host(folder, Path(base.name))
 
 
 class HostlessModule(pytest.File):

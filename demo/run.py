@@ -1,0 +1,126 @@
+"""The demo: every graph in `GRAPHS` through a headless ComfyUI, the pictures and a contact sheet into output/.
+
+Run it with `make demo`. Where there is no ComfyUI the same sheet is made without it, see standalone.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from . import locate
+from .client import Client, GraphError, GraphInterrupted, Progress, ServerGoneError, node_title
+from .progress import ProgressBar
+from .server import ServerError, comfy_server
+from .sheet import Row, save_sheet
+
+ROOT = Path(__file__).absolute().parent.parent
+HEADING = "Semantic Style: the demo graphs"
+GRAPH_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class DemoGraph:
+    """A graph of workflows/api by its name, and what its pictures show.
+
+    Pictures are those of its Save Image and Preview Image nodes, labelled by the nodes' titles, in order of node ids.
+    """
+
+    name: str
+    caption: str
+
+
+GRAPHS = (
+    DemoGraph("invert_and_reconstruct", "DDPM inversion of a scene, and its reconstruction from noise"),
+    DemoGraph(
+        "adain_per_region", "A scene's noise takes the statistics of another's, region by region, and is replayed"
+    ),
+)
+
+
+def run_with_host(host: Path, output: Path) -> list[Row]:
+    """Run the graphs in the ComfyUI in folder `host`; gives back the rows of the sheet."""
+    log = output / "comfyui.log"
+    print(f"Starting ComfyUI ({host}); its log is {log}", flush=True)
+    rows = []
+    with comfy_server(host, ROOT, log=log) as server, Client(server.address) as client:
+        for graph in GRAPHS:
+            path = ROOT / "workflows" / "api" / f"{graph.name}.json"
+            with ProgressBar(graph.name) as bar:
+                rows.append(Row(graph.caption, run_graph(client, path, _shown_on(bar))))
+    return rows
+
+
+def run_graph(
+    client: Client, path: Path, progress: Callable[[Progress], None] | None = None
+) -> list[tuple[str, Image.Image]]:
+    """The pictures that a graph file makes, with the titles of the nodes that show them."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    result = client.run(graph, progress=progress, timeout=GRAPH_SECONDS)
+    images = client.images(result)
+    return [(node_title(graph, node), image) for node in sorted(images, key=_node_order) for image in images[node]]
+
+
+def run_without_host() -> list[Row]:
+    """The same rows by the pure PyTorch core."""
+    from . import standalone
+
+    rows = []
+    for graph in GRAPHS:
+        with ProgressBar(graph.name) as bar:
+            rows.append(Row(graph.caption, standalone.PICTURES[graph.name](bar.update)))
+    return rows
+
+
+def save(rows: Sequence[Row], output: Path) -> Path:
+    """Write every picture and the contact sheet; gives back the sheet's path."""
+    for graph, row in zip(GRAPHS, rows, strict=True):
+        for number, (label, picture) in enumerate(row.pictures, start=1):
+            slug = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+            picture.save(output / f"{graph.name}_{number}_{slug}.png")
+    sheet = output / "sheet.png"
+    save_sheet(rows, sheet, HEADING)
+    return sheet
+
+
+def main() -> int:
+    output = ROOT / "output"
+    output.mkdir(exist_ok=True)
+    host = locate.find_host(ROOT)
+    try:
+        if host is None:
+            print(f"Without ComfyUI ({locate.why_no_host()}): the same pictures by the pure PyTorch core", flush=True)
+            rows = run_without_host()
+        else:
+            rows = run_with_host(host, output)
+    except (ServerError, ServerGoneError, GraphError, GraphInterrupted, TimeoutError) as error:
+        print(f"The demo failed: {error}\nComfyUI's log: {output / 'comfyui.log'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing is left running", file=sys.stderr)
+        return 130
+    sheet = save(rows, output)
+    print(f"{sum(len(row.pictures) for row in rows)} pictures in {output}\nLook at {sheet}")
+    return 0
+
+
+def _shown_on(bar: ProgressBar) -> Callable[[Progress], None]:
+    def show(progress: Progress) -> None:
+        steps = f" {progress.value}/{progress.maximum}" if progress.maximum else ""
+        bar.update(progress.fraction, progress.title + steps)
+
+    return show
+
+
+def _node_order(node_id: str) -> tuple[int, str]:
+    return (int(node_id), "") if node_id.isdigit() else (sys.maxsize, node_id)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The pack in ComfyUI: every node loads, says what it does, and a broken one is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import semantic_style
+
+# Public: these names are in users' files. Add, never change or remove.
+NODE_IDS = {
+    "SemanticStyleAdaIN",
+    "SemanticStyleDDIMInversion",
+    "SemanticStyleDDPMInversion",
+    "SemanticStyleInversionLatent",
+    "SemanticStyleLoadInversion",
+    "SemanticStyleMapFromLabels",
+    "SemanticStylePaperlandEncode",
+    "SemanticStylePaperlandLatent",
+    "SemanticStylePaperlandModel",
+    "SemanticStylePaperlandScene",
+    "SemanticStyleReplay",
+    "SemanticStyleSaveInversion",
+}
+
+
+def load_nodes(pack: ModuleType) -> list:
+    async def load() -> list:
+        return await (await pack.comfy_entrypoint()).get_node_list()
+
+    return asyncio.run(load())
+
+
+@pytest.fixture(scope="module")
+def schemas() -> dict:
+    """Every node's schema as ComfyUI completes and validates it, by node id."""
+    found = [node.GET_SCHEMA() for node in load_nodes(semantic_style)]
+    by_id = {schema.node_id: schema for schema in found}
+    assert len(by_id) == len(found), "two nodes have the same id"
+    return by_id
+
+
+def test_the_node_ids_are_the_public_ones(schemas: dict) -> None:
+    assert set(schemas) == NODE_IDS
+
+
+@pytest.mark.parametrize("node_id", sorted(NODE_IDS))
+def test_a_node_explains_itself(schemas: dict, node_id: str, root: Path) -> None:
+    schema = schemas[node_id]
+    assert schema.description
+    assert schema.display_name
+    assert schema.category.startswith("semantic_style/")
+    silent = [socket.id for socket in [*(schema.inputs or []), *(schema.outputs or [])] if not socket.tooltip]
+    assert not silent, f"no tooltip: {silent}"
+    assert all(output.display_name for output in schema.outputs or []), "every output needs a name"
+    page = root / "web" / "docs" / f"{node_id}.md"
+    assert page.is_file(), f"no help page {page}"
+    undescribed = [socket.id for socket in schema.inputs or [] if f"`{socket.id}`" not in page.read_text("utf-8")]
+    assert not undescribed, f"not on the help page: {undescribed}"
+
+
+def test_there_is_no_help_page_without_a_node(root: Path) -> None:
+    assert {page.stem for page in (root / "web" / "docs").glob("*.md")} <= NODE_IDS
+
+
+@pytest.mark.parametrize("code", ["raise ImportError('broken on purpose')", "NODES = [no_such_name]", "", "def ("])
+def test_a_broken_family_is_noticed(tmp_path: Path, root: Path, code: str) -> None:
+    copy = tmp_path / "broken_pack"
+    shutil.copytree(root / "nodes", copy / "nodes", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "attention", "demo", "host", "samplers"):
+        (copy / name).symlink_to(root / name)
+    (copy / "nodes" / "adain.py").write_text(code)
+    spec = importlib.util.spec_from_file_location(
+        "broken_pack", copy / "__init__.py", submodule_search_locations=[str(copy)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    pack = sys.modules["broken_pack"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(pack)
+        with pytest.raises((ImportError, NameError, SyntaxError, AttributeError)):
+            load_nodes(pack)
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "broken_pack"]:
+            del sys.modules[name]
+
+
+def test_the_server_has_every_node_from_this_pack(comfy_client, schemas: dict) -> None:
+    info = comfy_client.object_info()
+    ours = {name: node for name, node in info.items() if node["python_module"] == "custom_nodes.semantic-style"}
+    assert set(ours) == set(schemas)
+    for name, node in ours.items():
+        assert node["description"], name
+        assert all(node["output_tooltips"]), name
+
+
+def test_the_server_s_log_has_no_complaint_about_the_pack(comfy_server) -> None:
+    log = comfy_server.log.read_text(encoding="utf-8", errors="replace")
+    complaints = ("IMPORT FAILED", "comfy_entrypoint", "Cannot import", "Skip ")
+    assert "semantic-style" in log
+    assert not [line for line in log.splitlines() if "semantic-style" in line and any(c in line for c in complaints)]

@@ -1,0 +1,105 @@
+"""What `make demo` writes: contact sheet, progress, pictures."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from semantic_style.demo import run, sheet
+from semantic_style.demo.client import GraphError, GraphInterrupted, Progress, _Tracker, node_title
+from semantic_style.demo.progress import ProgressBar
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def picture(width: int, height: int, colour: tuple[int, int, int] = RED) -> Image.Image:
+    return Image.new("RGB", (width, height), colour)
+
+
+def test_small_pictures_keep_their_pixels() -> None:
+    checker = Image.fromarray((np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    made = sheet.contact_sheet([sheet.Row("a row", [("a label", checker)])])
+    corner = made.width - sheet.MARGIN - sheet.CELL, made.height - sheet.MARGIN - sheet.CELL
+    shown = made.crop((*corner, corner[0] + sheet.CELL, corner[1] + sheet.CELL))
+    assert np.array_equal(np.asarray(shown), np.asarray(checker).repeat(2, 0).repeat(2, 1))
+
+
+@pytest.mark.parametrize("size", [(512, 256), (100, 300), (1, 1), (256, 256)])
+def test_pictures_fit_their_cell_and_keep_their_shape(size: tuple[int, int]) -> None:
+    fitted = sheet._fitted(picture(*size))
+    assert max(fitted.size) <= sheet.CELL
+    assert fitted.width / fitted.height == pytest.approx(size[0] / size[1], rel=0.02)
+
+
+def test_rows_may_have_different_lengths_and_long_words() -> None:
+    rows = [
+        sheet.Row("one " * 30, [("x" * 200, picture(8, 8))]),
+        sheet.Row("two", [("a", picture(8, 8)), ("b", picture(8, 8, BLUE)), ("c", picture(8, 8))]),
+    ]
+    made = sheet.contact_sheet(rows, "A heading")
+    assert made.width == 2 * sheet.MARGIN + sheet.CAPTION_WIDTH + 3 * sheet.CELL + 2 * sheet.GAP
+    colours = made.getcolors(made.width * made.height)
+    assert colours is not None
+    count = {colour: number for number, colour in colours}
+    assert count[RED] == 3 * sheet.CELL**2
+    assert count[BLUE] == sheet.CELL**2
+
+
+def test_a_sheet_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one picture"):
+        sheet.contact_sheet([sheet.Row("nothing", [])])
+
+
+def test_pictures_are_saved_under_plain_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "GRAPHS", [run.DemoGraph("graph", "a caption")])
+    pictures = [("Mountain / river", picture(8, 8)), ("Mountain / river", picture(8, 8, BLUE))]
+    run.save([sheet.Row("a caption", pictures)], tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["graph_1_mountain_river.png", "graph_2_mountain_river.png", "sheet.png"]
+
+
+def test_without_a_terminal_the_bar_is_one_line() -> None:
+    stream = io.StringIO()
+    with ProgressBar("work", stream) as bar:
+        bar.update(0.5, "half")
+    assert stream.getvalue().startswith("work: ")
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_in_a_terminal_the_bar_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    with ProgressBar("work", stream) as bar:
+        bar.drawn = 0.0
+        bar.update(0.5, "half")
+    assert "50% half" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 1
+
+
+GRAPH = {"1": {"class_type": "A", "inputs": {}}, "2": {"class_type": "B", "inputs": {}, "_meta": {"title": "Bee"}}}
+
+
+def test_messages_become_progress() -> None:
+    seen: list[Progress] = []
+    tracker = _Tracker(GRAPH, seen.append)
+    assert not tracker.take("execution_cached", {"nodes": []})
+    assert not tracker.take("executing", {"node": "1"})
+    assert not tracker.take("progress", {"value": 3, "max": 6})
+    assert not tracker.take("executing", {"node": "2"})
+    assert tracker.take("executing", {"node": None})
+    assert [(p.title, p.fraction) for p in seen] == [("A", 0.0), ("A", 0.25), ("Bee", 0.5), ("", 1.0)]
+
+
+def test_failures_say_where_they_happened() -> None:
+    tracker = _Tracker(GRAPH, lambda progress: None)
+    data = {"node_id": "2", "node_type": "B", "exception_type": "ValueError", "exception_message": "too small\n"}
+    with pytest.raises(GraphError, match=r"B \(node 2\): ValueError: too small") as caught:
+        tracker.take("execution_error", data)
+    assert (caught.value.node_id, caught.value.node_type) == ("2", "B")
+    with pytest.raises(GraphInterrupted):
+        tracker.take("execution_interrupted", {})
+    assert node_title(GRAPH, "2") == "Bee"
+    assert node_title(GRAPH, "1") == "A"
