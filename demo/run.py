@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from . import locate
-from .client import Client, GraphError, GraphInterrupted, Progress, ServerGoneError, node_title
+from .client import Client, Graph, GraphError, GraphInterrupted, Progress, ServerGoneError, node_title
 from .progress import ProgressBar
 from .server import ServerError, comfy_server
 from .sheet import Row, save_sheet
@@ -35,6 +35,9 @@ class DemoGraph:
     name: str
     caption: str
 
+    def load(self) -> Graph:
+        return json.loads((ROOT / "workflows" / "api" / f"{self.name}.json").read_text(encoding="utf-8"))
+
 
 GRAPHS = (
     DemoGraph("invert_and_reconstruct", "DDPM inversion of a scene, and its reconstruction from noise"),
@@ -51,20 +54,17 @@ def run_with_host(host: Path, output: Path) -> list[Row]:
     rows = []
     with comfy_server(host, ROOT, log=log) as server, Client(server.address) as client:
         for graph in GRAPHS:
-            path = ROOT / "workflows" / "api" / f"{graph.name}.json"
             with ProgressBar(graph.name) as bar:
-                rows.append(Row(graph.caption, run_graph(client, path, _shown_on(bar))))
+                rows.append(Row(graph.caption, run_graph(client, graph.load(), _shown_on(bar))))
     return rows
 
 
 def run_graph(
-    client: Client, path: Path, progress: Callable[[Progress], None] | None = None
+    client: Client, graph: Graph, progress: Callable[[Progress], None] | None = None
 ) -> list[tuple[str, Image.Image]]:
-    """The pictures that a graph file makes, with the titles of the nodes that show them."""
-    graph = json.loads(path.read_text(encoding="utf-8"))
-    result = client.run(graph, progress=progress, timeout=GRAPH_SECONDS)
-    images = client.images(result)
-    return [(node_title(graph, node), image) for node in sorted(images, key=_node_order) for image in images[node]]
+    """The pictures that a graph makes in ComfyUI, with the titles of the nodes that show them, in order of node ids."""
+    images = client.images(client.run(graph, progress=progress, timeout=GRAPH_SECONDS))
+    return [(node_title(graph, node), image) for node in sorted(images, key=int) for image in images[node]]
 
 
 def run_without_host() -> list[Row]:
@@ -74,7 +74,7 @@ def run_without_host() -> list[Row]:
     rows = []
     for graph in GRAPHS:
         with ProgressBar(graph.name) as bar:
-            rows.append(Row(graph.caption, standalone.PICTURES[graph.name](bar.update)))
+            rows.append(Row(graph.caption, standalone.run_graph(graph.load(), _shown_on(bar))))
     return rows
 
 
@@ -116,10 +116,6 @@ def _shown_on(bar: ProgressBar) -> Callable[[Progress], None]:
         bar.update(progress.fraction, progress.title + steps)
 
     return show
-
-
-def _node_order(node_id: str) -> tuple[int, str]:
-    return (int(node_id), "") if node_id.isdigit() else (sys.maxsize, node_id)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_run_can_be_interrupted(comfy_client: Client) -> None:
     """Interrupted from another thread as soon as the sampler takes its first step."""
     graph = {
         "1": {"class_type": "SemanticStylePaperlandModel", "inputs": {}},
-        "2": {"class_type": "SemanticStylePaperlandEncode", "inputs": {"clip": ["1", 1], "text": ""}},
+        "2": {"class_type": "SemanticStylePaperlandEncode", "inputs": {"clip": ["1", 1], "caption": ""}},
         "3": {"class_type": "SemanticStylePaperlandLatent", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
         "4": {
             "class_type": "KSampler",

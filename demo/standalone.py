@@ -1,0 +1,252 @@
+"""The demo graphs without ComfyUI: the same files of workflows/api, run by the pure PyTorch core.
+
+Each node that the demo graphs use has its counterpart here, a function of the node's inputs, with the same names, that
+gives the tuple of its outputs. So both ways to make the contact sheet share seeds, captions and settings, because they
+share the graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..attention.adain import adain, region_adain
+from ..attention.regions import SemanticMap
+from ..samplers.ddim_inversion import ddim_inversion
+from ..samplers.ddpm_inversion import ddpm_inversion
+from ..samplers.inversion import Inversion
+from ..samplers.replay import replay
+from . import model as paperland
+from . import scenes
+from .client import Graph, Progress, node_title
+
+# Levels per model call on an accelerator; on a CPU one image of 32x32 places keeps the cores busy.
+GPU_LEVELS = 16
+
+Report = Callable[[int, int], None]
+Picture = tuple[str, Image.Image]
+
+
+class Missing(ValueError):
+    """A graph uses a node or a setting that there is no counterpart of."""
+
+
+@dataclass(frozen=True)
+class Replaying:
+    """What the Replay node hands to the sampler: the inversion and how to go along it."""
+
+    inversion: Inversion
+    skip: int
+    exact: bool
+    start: Tensor
+
+
+def run_graph(graph: Graph, progress: Callable[[Progress], None] | None = None) -> list[Picture]:
+    """The pictures of a graph in API format, with the titles of the nodes that show them, in order of node ids.
+
+    Raises `Missing` for a graph that needs more than the nodes listed in `NODES`.
+    """
+    return _Run(graph, progress or (lambda _: None)).pictures()
+
+
+class _Run:
+    """One evaluation of a graph: every node once, only what the pictures need."""
+
+    def __init__(self, graph: Graph, progress: Callable[[Progress], None]) -> None:
+        self.graph = graph
+        self.progress = progress
+        self.outputs: dict[str, tuple] = {}
+
+    def pictures(self) -> list[Picture]:
+        found = []
+        for node_id in sorted((i for i, node in self.graph.items() if node["class_type"] in SHOW), key=int):
+            (images,) = self.output(node_id)
+            found += [(node_title(self.graph, node_id), _to_picture(image)) for image in images]
+        return found
+
+    def output(self, node_id: str) -> tuple:
+        if node_id not in self.outputs:
+            node = self.graph[node_id]
+            if node["class_type"] not in NODES:
+                raise Missing(f"{node['class_type']} (node {node_id}) runs in ComfyUI only")
+            inputs = {name: self.value(value) for name, value in node["inputs"].items()}
+            self.report(node_id, 0, 0)
+            self.outputs[node_id] = NODES[node["class_type"]](
+                lambda value, maximum: self.report(node_id, value, maximum), **inputs
+            )
+        return self.outputs[node_id]
+
+    def value(self, value: Any) -> Any:
+        if isinstance(value, list):
+            node_id, index = value
+            return self.output(node_id)[index]
+        return value
+
+    def report(self, node_id: str, value: int, maximum: int) -> None:
+        self.progress(Progress(len(self.outputs), len(self.graph), node_title(self.graph, node_id), value, maximum))
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_model(report: Report, precision: str = "fp32") -> tuple:
+    model = paperland.load(
+        device=device(), dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    )
+    return model, model.text, paperland
+
+
+def draw_scene(
+    report: Report, layout_seed: int, style_seed: int, width: int = scenes.SIZE, height: int = scenes.SIZE
+) -> tuple:
+    drawn = scenes.scene(layout_seed, style_seed, (height, width))
+    return drawn.images, drawn.labels, drawn.captions[0], scenes.label_image(drawn.labels)
+
+
+def encode_caption(report: Report, clip: Any, caption: str = "", text: str = "") -> tuple:
+    return clip([caption or text]), ""
+
+
+def encode_pixels(report: Report, pixels: Tensor, vae: Any) -> tuple:
+    return (vae.encode_pixels(pixels),)
+
+
+def decode_pixels(report: Report, samples: Tensor, vae: Any) -> tuple:
+    return (vae.decode_pixels(samples),)
+
+
+def guide(report: Report, model: Any, positive: Tensor, negative: Tensor, cfg: float) -> tuple:
+    return (model.guided(positive, negative, cfg),)
+
+
+def invert_ddpm(
+    report: Report,
+    model: Any,
+    positive: Tensor,
+    negative: Tensor,
+    latent: Tensor,
+    steps: int,
+    scheduler: str,
+    cfg: float,
+    seed: int,
+    batch_steps: int = 0,
+) -> tuple:
+    on = device()
+    inversion = ddpm_inversion(
+        model.guided(positive, negative, cfg),
+        (latent * paperland.SCALE).to(on),
+        _levels(scheduler, steps),
+        seed=seed,
+        batch_steps=batch_steps or (1 if on.type == "cpu" else GPU_LEVELS),
+        callback=lambda state: report(state["i"] + 1, state["total"]),
+    )
+    return (inversion,)
+
+
+def invert_ddim(
+    report: Report,
+    model: Any,
+    positive: Tensor,
+    negative: Tensor,
+    latent: Tensor,
+    steps: int,
+    scheduler: str,
+    cfg: float,
+    seed: int = 0,
+    refine: int = 0,
+) -> tuple:
+    inversion = ddim_inversion(
+        model.guided(positive, negative, cfg),
+        (latent * paperland.SCALE).to(device()),
+        _levels(scheduler, steps),
+        refine=refine,
+        callback=lambda state: report(state["i"] + 1, state["total"]),
+    )
+    return (inversion,)
+
+
+def inversion_latent(report: Report, inversion: Inversion, step: int) -> tuple:
+    return (inversion.trajectory[step] / paperland.SCALE,)
+
+
+def prepare_replay(
+    report: Report,
+    inversion: Inversion,
+    skip: int,
+    exact: bool,
+    start: Tensor | None = None,
+    allow_other_model: bool = False,
+) -> tuple:
+    first = inversion.trajectory[skip] if start is None else start.to(inversion.clean) * paperland.SCALE
+    going = Replaying(inversion, skip, exact, first)
+    return going, going, inversion.sigmas[skip:], inversion.clean / paperland.SCALE
+
+
+def sample(
+    report: Report, noise: Replaying, guider: Any, sampler: Replaying, sigmas: Tensor, latent_image: Tensor
+) -> tuple:
+    out = replay(
+        guider,
+        noise.start,
+        sigmas,
+        inversion=sampler.inversion,
+        exact=sampler.exact,
+        callback=lambda state: report(state["i"] + 1, state["total"]),
+    )
+    return out / paperland.SCALE, out / paperland.SCALE
+
+
+def pair_labels(report: Report, content: Tensor, style: Tensor) -> tuple:
+    return (SemanticMap(content, style),)
+
+
+def restyle(
+    report: Report, content: Tensor, style: Tensor, strength: float = 1.0, semantic_map: SemanticMap | None = None
+) -> tuple:
+    if semantic_map is None:
+        return (adain(content, style, strength=strength),)
+    at = semantic_map.at(tuple(content.shape[-2:]), tuple(style.shape[-2:]))
+    return (region_adain(content, style, at.content, at.style, strength=strength),)
+
+
+def show(report: Report, images: Tensor, filename_prefix: str = "") -> tuple:
+    return (images,)
+
+
+SHOW = ("PreviewImage", "SaveImage")
+NODES: dict[str, Callable[..., tuple]] = {
+    **dict.fromkeys(SHOW, show),
+    "CFGGuider": guide,
+    "CLIPTextEncode": encode_caption,
+    "SamplerCustomAdvanced": sample,
+    "SemanticStyleAdaIN": restyle,
+    "SemanticStyleDDIMInversion": invert_ddim,
+    "SemanticStyleDDPMInversion": invert_ddpm,
+    "SemanticStyleInversionLatent": inversion_latent,
+    "SemanticStyleMapFromLabels": pair_labels,
+    "SemanticStylePaperlandEncode": encode_caption,
+    "SemanticStylePaperlandModel": load_model,
+    "SemanticStylePaperlandScene": draw_scene,
+    "SemanticStyleReplay": prepare_replay,
+    "VAEDecode": decode_pixels,
+    "VAEEncode": encode_pixels,
+}
+
+
+def _levels(scheduler: str, steps: int) -> Tensor:
+    if scheduler != "normal":
+        raise Missing(f"the scheduler {scheduler!r} runs in ComfyUI only; the demo graphs use 'normal'")
+    return paperland.sigmas_normal(steps)
+
+
+def _to_picture(image: Tensor) -> Image.Image:
+    return Image.fromarray((image.float().cpu().numpy() * 255).clip(0, 255).astype(np.uint8))

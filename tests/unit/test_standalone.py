@@ -1,0 +1,117 @@
+"""The demo graphs without ComfyUI: the same files, the same pictures."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from semantic_style.demo import model as paperland
+from semantic_style.demo import run, scenes, standalone
+from semantic_style.demo.client import Graph, Progress
+from semantic_style.demo.unet import UNetConfig
+
+LEVEL_OF_GREY = 1.01
+
+
+@pytest.fixture
+def _small_untrained_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    small = paperland.Paperland(UNetConfig(channels=32, multipliers=(1, 1, 1))).eval().requires_grad_(False)
+    monkeypatch.setattr(standalone, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(paperland, "load", lambda **options: small)
+
+
+def scene(layout: int, style: int) -> dict:
+    seeds = {"layout_seed": layout, "style_seed": style, "width": 64, "height": 48}
+    return {"class_type": "SemanticStylePaperlandScene", "inputs": seeds, "_meta": {"title": "Scene"}}
+
+
+def node(kind: str, title: str = "", **inputs: object) -> dict:
+    return {"class_type": kind, "inputs": inputs, "_meta": {"title": title or kind}}
+
+
+def reconstruction(style_of_noise: int | None = None) -> Graph:
+    """Invert a scene and replay it; with `style_of_noise` from a start that takes that scene's statistics."""
+    inversion = {"model": ["1", 0], "positive": ["3", 0], "negative": ["3", 0], "steps": 4, "scheduler": "normal"}
+    inversion |= {"cfg": 2.0, "seed": 5}
+    graph = {
+        "1": node("SemanticStylePaperlandModel", precision="fp32"),
+        "2": scene(1, 1),
+        "3": node("SemanticStylePaperlandEncode", clip=["1", 1], caption=["2", 2]),
+        "4": node("VAEEncode", pixels=["2", 0], vae=["1", 2]),
+        "5": node("SemanticStyleDDPMInversion", latent=["4", 0], **inversion),
+        "6": node("SemanticStyleReplay", inversion=["5", 0], skip=1, exact=True),
+        "7": node("CFGGuider", model=["1", 0], positive=["3", 0], negative=["3", 0], cfg=2.0),
+        "8": node(
+            "SamplerCustomAdvanced",
+            noise=["6", 0],
+            guider=["7", 0],
+            sampler=["6", 1],
+            sigmas=["6", 2],
+            latent_image=["6", 3],
+        ),
+        "9": node("VAEDecode", samples=["8", 0], vae=["1", 2]),
+        "10": node("SaveImage", "Replayed", images=["9", 0], filename_prefix="x"),
+        "11": node("PreviewImage", "Given", images=["2", 0]),
+    }
+    if style_of_noise is not None:
+        graph |= {
+            "20": scene(2, style_of_noise),
+            "21": node("VAEEncode", pixels=["20", 0], vae=["1", 2]),
+            "22": node("SemanticStyleDDPMInversion", latent=["21", 0], **inversion),
+            "23": node("SemanticStyleInversionLatent", inversion=["5", 0], step=1),
+            "24": node("SemanticStyleInversionLatent", inversion=["22", 0], step=1),
+            "25": node("SemanticStyleMapFromLabels", content=["2", 1], style=["20", 1]),
+            "26": node("SemanticStyleAdaIN", content=["23", 0], style=["24", 0], strength=1.0, semantic_map=["25", 0]),
+        }
+        graph["6"]["inputs"]["start"] = ["26", 0]
+    return graph
+
+
+@pytest.mark.usefixtures("_small_untrained_model")
+def test_a_graph_is_run_and_its_titles_become_labels() -> None:
+    seen: list[Progress] = []
+    pictures = standalone.run_graph(reconstruction(), seen.append)
+    assert [label for label, _ in pictures] == ["Replayed", "Given"]
+    replayed, given = (np.asarray(picture).astype(int) for _, picture in pictures)
+    expected = (scenes.scene(1, 1, (48, 64)).images[0] * 255).numpy()
+    assert np.abs(given - expected).max() <= LEVEL_OF_GREY
+    assert np.abs(replayed - given).max() <= LEVEL_OF_GREY, "an exact replay is the picture"
+    assert max(progress.fraction for progress in seen) <= 1
+    assert {("SemanticStyleDDPMInversion", 4), ("SamplerCustomAdvanced", 3)} <= {(p.title, p.maximum) for p in seen}
+
+
+@pytest.mark.usefixtures("_small_untrained_model")
+def test_another_start_gives_another_picture() -> None:
+    plain, styled = (standalone.run_graph(graph)[0][1] for graph in (reconstruction(), reconstruction(9)))
+    assert np.abs(np.asarray(plain).astype(int) - np.asarray(styled)).mean() > 1
+
+
+@pytest.mark.usefixtures("_small_untrained_model")
+def test_only_what_the_pictures_need_is_run() -> None:
+    graph = {**reconstruction(), "30": node("LoadImage", image="nowhere.png")}
+    assert len(standalone.run_graph(graph)) == 2
+
+
+@pytest.mark.usefixtures("_small_untrained_model")
+def test_a_node_of_comfyui_s_own_is_refused_by_name() -> None:
+    graph = {"1": node("LoadImage", image="a.png"), "2": node("SaveImage", images=["1", 0], filename_prefix="x")}
+    with pytest.raises(standalone.Missing, match=r"LoadImage \(node 1\) runs in ComfyUI only"):
+        standalone.run_graph(graph)
+    graph = reconstruction()
+    graph["5"]["inputs"]["scheduler"] = "karras"
+    with pytest.raises(standalone.Missing, match="'karras' runs in ComfyUI only"):
+        standalone.run_graph(graph)
+
+
+@pytest.mark.parametrize("name", [graph.name for graph in run.GRAPHS])
+def test_every_demo_graph_can_be_run_without_comfyui(name: str) -> None:
+    graph = next(graph for graph in run.GRAPHS if graph.name == name).load()
+    for node_id, entry in graph.items():
+        assert entry["class_type"] in standalone.NODES, f"node {node_id}"
+        inspect.signature(standalone.NODES[entry["class_type"]]).bind(None, **entry["inputs"])
+        if "scheduler" in entry["inputs"]:
+            assert entry["inputs"]["scheduler"] == "normal"
+    assert any(entry["class_type"] in standalone.SHOW for entry in graph.values())
