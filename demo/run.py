@@ -40,10 +40,11 @@ class DemoGraph:
 
 
 GRAPHS = (
-    DemoGraph("invert_and_reconstruct", "DDPM inversion of a scene, and its reconstruction from noise"),
+    DemoGraph("paperland_text_to_image", "The demo model, Paperland, draws four scenes from one caption"),
     DemoGraph(
-        "adain_per_region", "A scene's noise takes the statistics of another's, region by region, and is replayed"
+        "invert_and_reconstruct", "DDPM inversion of a scene, replayed with the same caption: the scene comes back"
     ),
+    DemoGraph("adain_regions", "The content's noise takes the statistics of the style's, then it is replayed"),
 )
 
 
@@ -95,7 +96,7 @@ def main() -> int:
     host = locate.find_host(ROOT)
     try:
         if host is None:
-            print(f"Without ComfyUI ({locate.why_no_host()}): the same pictures by the pure PyTorch core", flush=True)
+            print(f"Without ComfyUI ({locate.why_no_host()}): the same pictures by PyTorch alone", flush=True)
             rows = run_without_host()
         else:
             rows = run_with_host(host, output)

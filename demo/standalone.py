@@ -116,6 +116,14 @@ def encode_caption(report: Report, clip: Any, caption: str = "", text: str = "")
     return clip([caption or text]), ""
 
 
+def empty_latent(report: Report, width: int, height: int, batch_size: int = 1) -> tuple:
+    return (torch.zeros(batch_size, paperland.LATENT_CHANNELS, height // paperland.PATCH, width // paperland.PATCH),)
+
+
+def number(report: Report, value: int) -> tuple:
+    return (value,)
+
+
 def encode_pixels(report: Report, pixels: Tensor, vae: Any) -> tuple:
     return (vae.encode_pixels(pixels),)
 
@@ -191,6 +199,47 @@ def prepare_replay(
     return going, going, inversion.sigmas[skip:], inversion.clean / paperland.SCALE
 
 
+def sample_from_noise(
+    report: Report,
+    model: Any,
+    positive: Tensor,
+    negative: Tensor,
+    latent_image: Tensor,
+    seed: int,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float,
+) -> tuple:
+    if sampler_name != "dpmpp_2m" or denoise != 1:
+        raise Missing(f"KSampler with {sampler_name!r}, denoise {denoise} runs in ComfyUI only; here 'dpmpp_2m', 1")
+    noise = torch.randn(latent_image.shape, generator=torch.Generator().manual_seed(seed)).to(device())
+    sigmas = _levels(scheduler, steps).to(noise)
+    # As in the host: at the top of the schedule the latent has the variance of signal and noise together.
+    x = noise * (1 + sigmas[0] ** 2).sqrt()
+    out = dpm_solver_2m(model.guided(positive, negative, cfg), x, sigmas, report)
+    return (out / paperland.SCALE,)
+
+
+@torch.no_grad()
+def dpm_solver_2m(model: Any, x: Tensor, sigmas: Tensor, report: Report) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, in `lambda = -log sigma`; x [B, C, H, W] at `sigmas[0]`."""
+    lambdas = -sigmas.log()
+    before = None
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i].expand(len(x)))
+        h = lambdas[i + 1] - lambdas[i]
+        ahead = denoised
+        if before is not None and sigmas[i + 1] > 0:
+            r = (lambdas[i] - lambdas[i - 1]) / h
+            ahead = denoised + (denoised - before) / (2 * r)
+        x = sigmas[i + 1] / sigmas[i] * x - torch.expm1(-h) * ahead
+        before = denoised
+        report(i + 1, len(sigmas) - 1)
+    return x
+
+
 def sample(
     report: Report, noise: Replaying, guider: Any, sampler: Replaying, sigmas: Tensor, latent_image: Tensor
 ) -> tuple:
@@ -227,6 +276,8 @@ NODES: dict[str, Callable[..., tuple]] = {
     **dict.fromkeys(SHOW, show),
     "CFGGuider": guide,
     "CLIPTextEncode": encode_caption,
+    "KSampler": sample_from_noise,
+    "PrimitiveInt": number,
     "SamplerCustomAdvanced": sample,
     "SemanticStyleAdaIN": restyle,
     "SemanticStyleDDIMInversion": invert_ddim,
@@ -234,6 +285,7 @@ NODES: dict[str, Callable[..., tuple]] = {
     "SemanticStyleInversionLatent": inversion_latent,
     "SemanticStyleMapFromLabels": pair_labels,
     "SemanticStylePaperlandEncode": encode_caption,
+    "SemanticStylePaperlandLatent": empty_latent,
     "SemanticStylePaperlandModel": load_model,
     "SemanticStylePaperlandScene": draw_scene,
     "SemanticStyleReplay": prepare_replay,

@@ -115,3 +115,38 @@ def test_every_demo_graph_can_be_run_without_comfyui(name: str) -> None:
         if "scheduler" in entry["inputs"]:
             assert entry["inputs"]["scheduler"] == "normal"
     assert any(entry["class_type"] in standalone.SHOW for entry in graph.values())
+
+
+@pytest.mark.usefixtures("_small_untrained_model")
+def test_pictures_from_a_caption_are_a_batch() -> None:
+    sampling = {"seed": 3, "steps": 3, "cfg": 2.0, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0}
+    graph = {
+        "1": node("SemanticStylePaperlandModel", precision="fp32"),
+        "2": node("SemanticStylePaperlandEncode", clip=["1", 1], caption="teal and cream wavy water"),
+        "3": node("PrimitiveInt", value=2),
+        "4": node("SemanticStylePaperlandLatent", width=32, height=48, batch_size=["3", 0]),
+        "5": node("KSampler", model=["1", 0], positive=["2", 0], negative=["2", 0], latent_image=["4", 0], **sampling),
+        "6": node("VAEDecode", samples=["5", 0], vae=["1", 2]),
+        "7": node("SaveImage", "Drawn", images=["6", 0], filename_prefix="x"),
+    }
+    pictures = standalone.run_graph(graph)
+    assert [(label, picture.size) for label, picture in pictures] == [("Drawn", (32, 48))] * 2
+    graph["5"]["inputs"]["sampler_name"] = "heun"
+    with pytest.raises(standalone.Missing, match="'heun'"):
+        standalone.run_graph(graph)
+
+
+def test_the_sampler_is_of_second_order() -> None:
+    """For data ~ N(0, 1) the denoiser is x / (1 + sigma^2) and the flow scales x by sqrt(1 + sigma^2)."""
+
+    def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x / (1 + sigma.view(-1, 1) ** 2)
+
+    def error(steps: int) -> float:
+        sigmas = torch.logspace(1, -2, steps + 1, dtype=torch.float64)
+        x = torch.ones(1, 1, dtype=torch.float64) * (1 + sigmas[0] ** 2).sqrt()
+        out = standalone.dpm_solver_2m(gaussian, x, sigmas, lambda value, maximum: None)
+        return abs(float(out) - float((1 + sigmas[-1] ** 2).sqrt()))
+
+    assert error(80) < 1e-3
+    assert error(40) / error(80) > 3
