@@ -1,0 +1,113 @@
+"""How many noise levels of an inversion may and should share one model call."""
+
+import logging
+import math
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+# Beyond that much latent area in one call a GPU is busy anyway; a bound also keeps progress, previews and Cancel
+# responsive.
+GPU_PLACES = 16 * 64 * 64
+MAX_LEVELS = 16
+# On a CPU a bigger batch pays only while one image leaves the cores idle, and costs cache; see benchmarks/inversion.py.
+CPU_PLACES = 2 * 32 * 32
+# The host's own safety factor on its estimate of a model call's memory.
+MEMORY_MARGIN = 1.5
+# Trajectory and noise maps may take this share of what is free on the device.
+STORE_SHARE = 0.25
+
+
+def levels_per_call(guider: Any, latent: Tensor, steps: int, asked: int = 0) -> int:
+    """How many noise levels to evaluate in one call of a host's guider that is ready to sample.
+
+    Args:
+        guider: with the model loaded and its conditioning processed (inside a sampler's `sample`).
+        latent: [B, C, *S].
+        steps: how many levels there are.
+        asked: the user's number; 0 chooses by free memory and device.
+    Returns:
+        1..steps; 1 wherever something attached to the model or the conditioning might look at the level or at the
+        batch.
+    """
+    reason = why_one_by_one(guider, len(latent))
+    if reason:
+        if asked != 1:
+            logging.info("Inverting one noise level per model call: %s.", reason)
+        return 1
+    if asked:
+        return min(asked, steps)
+    places = latent.shape[0] * math.prod(latent.shape[2:])
+    budget = CPU_PLACES if latent.device.type == "cpu" else GPU_PLACES
+    by_area = budget // places
+    return max(1, min(by_area, _by_memory(guider, latent), MAX_LEVELS, steps))
+
+
+def _by_memory(guider: Any, latent: Tensor) -> int:
+    free = comfy.model_management.get_free_memory(latent.device)
+    branches = 1 if math.isclose(getattr(guider, "cfg", 0.0), 1.0) else 2
+    one = guider.inner_model.memory_required([branches * latent.shape[0], *latent.shape[1:]]) * MEMORY_MARGIN
+    return int(free // max(one, 1))
+
+
+def fits(latent: Tensor, copies: int) -> bool:
+    """Whether that many float32 copies of the latent are a small part of its device's free memory."""
+    return copies * latent.numel() * 4 <= STORE_SHARE * comfy.model_management.get_free_memory(latent.device)
+
+
+def why_one_by_one(guider: Any, batch: int) -> str:
+    """Why different noise levels must not share a model call here; empty when they may.
+
+    A host call has one level for its whole batch as far as patches, ranges and control networks can know: they read the
+    first row's. Video models take the batch for the frames. Only a plain model with plain conditioning is known to be
+    safe.
+    """
+    patcher, options = guider.model_patcher, guider.model_options
+    transformer = options.get("transformer_options", {})
+    unknown = [key for key, value in options.items() if key not in _HARMLESS_OPTIONS and not _empty(value)]
+    unknown += [
+        key for key, value in transformer.items() if key not in _HARMLESS_TRANSFORMER_OPTIONS and not _empty(value)
+    ]
+    if unknown:
+        return f"the model has {', '.join(map(str, unknown))}"
+    for attribute in ("wrappers", "callbacks", "injections", "hook_patches"):
+        if not _empty(getattr(patcher, attribute, {})):
+            return f"the model has {attribute}"
+    objects = [key for key in getattr(patcher, "object_patches", {}) if key not in _HARMLESS_OBJECTS]
+    if objects:
+        return f"the model has {', '.join(objects)} replaced"
+    for conds in guider.conds.values():
+        for cond in conds or []:
+            if reason := _why_not_cond(cond, batch):
+                return reason
+    return ""
+
+
+_HARMLESS_OPTIONS = ("transformer_options", "to_load_options", "disable_cfg1_optimization")
+_HARMLESS_TRANSFORMER_OPTIONS = ("sample_sigmas", "optimized_attention_override")
+_HARMLESS_OBJECTS = ("model_sampling", "latent_format")
+_LEVEL_DEPENDENT = ("timestep_start", "timestep_end", "control", "hooks", "gligen")
+
+
+def _why_not_cond(cond: dict, batch: int) -> str:
+    for key in _LEVEL_DEPENDENT:
+        if cond.get(key) is not None:
+            return f"the conditioning has {key}"
+    parts = {
+        "mask": cond.get("mask"),
+        **{key: getattr(c, "cond", None) for key, c in cond.get("model_conds", {}).items()},
+    }
+    for key, value in parts.items():
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            # The host repeats a conditioning over the rows, which lines up only if the images are a multiple of it.
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and batch % len(tensor):
+                return f"the conditioning's {key} is a batch of {len(tensor)} for {batch} images"
+    return ""
+
+
+def _empty(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_empty(item) for item in value.values())
+    return isinstance(value, (list, tuple)) and not value

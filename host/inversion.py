@@ -1,0 +1,215 @@
+"""Running an inversion through the host's own guider.
+
+The guider loads the model, prepares conditioning, applies hooks, wrappers and CFG, and cleans up when the run ends or
+fails; what is ours is the sampler object that it calls.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..samplers.ddim_inversion import ddim_inversion
+from ..samplers.ddpm_inversion import ddpm_inversion
+from ..samplers.inversion import Inversion
+from .batching import fits, levels_per_call
+from .models import check_channels, check_invertible, identify
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to invert and with what: the inputs that both kinds of inversion share.
+
+    Attributes:
+        model: the host's MODEL, used as it is.
+        positive, negative: the host's CONDITIONING; negative is not evaluated at cfg 1.
+        latent: [B, C, *S] in the host's coordinates.
+        steps, scheduler: of the host's schedulers.
+        cfg: guidance scale. seed: of the noise, and for models whose conditioning uses one.
+    """
+
+    model: "ModelPatcher"
+    positive: list
+    negative: list
+    latent: Tensor
+    steps: int
+    scheduler: str
+    cfg: float
+    seed: int
+
+
+class HostModel:
+    """A guider as the samplers see a model; ends the run before the next call when the user cancels it."""
+
+    def __init__(self, guider: Any) -> None:
+        self.guider = guider
+        inner = guider.inner_model
+        self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self.guider(x, sigma, **extra_args)
+
+
+def make_sigmas(model: "ModelPatcher", scheduler: str, steps: int) -> Tensor:
+    """The scheduler's noise levels [N+1] for this model, strictly decreasing; N may differ from `steps`.
+
+    Levels that repeat (some schedulers do that at many steps) are left out, they would be steps that do nothing.
+
+    Raises:
+        ValueError: an unknown scheduler, no steps, or a scheduler that has no levels for this model and number of
+        steps.
+    """
+    if scheduler not in comfy.samplers.SCHEDULER_NAMES:
+        raise ValueError(
+            f"there is no scheduler {scheduler!r}; choose one of {', '.join(comfy.samplers.SCHEDULER_NAMES)}"
+        )
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    failed = f"the scheduler {scheduler} has no usable noise levels for {steps} steps with this model; choose another"
+    try:
+        sigmas = (
+            comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).float().cpu()
+        )
+    except (ArithmeticError, IndexError) as error:
+        raise ValueError(f"{failed} ({error})") from error
+    sigmas = torch.unique_consecutive(sigmas)
+    if len(sigmas) < 2 or not torch.isfinite(sigmas).all() or (sigmas.diff() >= 0).any():
+        raise ValueError(failed)
+    if len(sigmas) - 1 != steps:
+        logging.info("The scheduler %s makes %d steps where %d were asked for.", scheduler, len(sigmas) - 1, steps)
+    return sigmas
+
+
+def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True) -> Inversion:
+    """Edit-friendly DDPM inversion through the host (see `samplers.ddpm_inversion`), on the CPU when done.
+
+    Args:
+        batch_steps: noise levels per model call; 0 chooses by free memory and device.
+    Raises:
+        ValueError: a model, latent or setting that cannot be inverted, before any model call.
+        FloatingPointError: a prediction that is not finite.
+    """
+    if batch_steps < 0:
+        raise ValueError(f"batch_steps must be 0 (automatic) or more, got {batch_steps}")
+
+    def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
+        n = len(sigmas) - 1
+        store = None if fits(clean, 2 * n) else comfy.model_management.intermediate_device()
+        per_call = levels_per_call(model.guider, clean, n, batch_steps)
+        settings: dict[str, Any] = {"seed": task.seed, "keep_residual": keep_residual, "store": store}
+        settings.update(extra_args=extra_args, callback=callback)
+        while True:
+            try:
+                return ddpm_inversion(model, clean, sigmas, batch_steps=per_call, **settings)
+            except torch.cuda.OutOfMemoryError:
+                if per_call == 1:
+                    raise
+                per_call //= 2
+            logging.warning("Out of memory while inverting; trying again with %d noise levels per call.", per_call)
+            comfy.model_management.soft_empty_cache()
+
+    return _run(task, run, calls_per_step=1)
+
+
+def invert_ddim(task: Task, refine: int = 0) -> Inversion:
+    """DDIM inversion through the host (see `samplers.ddim_inversion`), on the CPU when done.
+
+    Raises:
+        ValueError: a model, latent or setting that cannot be inverted, before any model call.
+        FloatingPointError: a prediction that is not finite.
+    """
+    if refine < 0:
+        raise ValueError(f"refine must be 0 or more, got {refine}")
+    if refine and task.cfg > 1.0:
+        logging.warning("DDIM refinement does not converge with guidance (CFG %g): use CFG 1 with it.", task.cfg)
+
+    def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
+        return ddim_inversion(model, clean, sigmas, refine=refine, extra_args=extra_args, callback=callback)
+
+    return _run(task, run, calls_per_step=1 + refine)
+
+
+class _InversionSampler(comfy.samplers.Sampler):
+    """A host sampler that inverts instead of sampling. One object for one run: it keeps the run's result."""
+
+    def __init__(self, run: Callable[..., Inversion]) -> None:
+        self.run = run
+        self.result: Inversion | None = None
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        bar = tqdm(disable=disable_pbar)
+
+        def report(state: dict) -> None:
+            bar.total = state["total"]
+            bar.update(state["i"] + 1 - bar.n)
+            callback(state["i"], state["denoised"], state["x"], state["total"])
+
+        with bar:
+            self.result = self.run(HostModel(model_wrap), latent_image, sigmas, extra_args, report)
+        return latent_image
+
+
+def _run(task: Task, run: Callable[..., Inversion], calls_per_step: int) -> Inversion:
+    check_invertible(task.model)
+    latent = comfy.sample.fix_empty_latent_channels(task.model, task.latent)
+    check_channels(task.model, latent)
+    sigmas = make_sigmas(task.model, task.scheduler, task.steps)
+    guider = comfy.samplers.CFGGuider(task.model)
+    guider.set_conds(task.positive, task.negative)
+    guider.set_cfg(task.cfg)
+    sampler = _InversionSampler(run)
+    callback = latent_preview.prepare_callback(task.model, (len(sigmas) - 1) * calls_per_step)
+    latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
+    guider.sample(
+        # The samplers draw their own noise; the host wants a tensor of its shape.
+        torch.zeros_like(latent),
+        latent,
+        sampler,
+        sigmas,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=task.seed,
+    )
+    assert sampler.result is not None
+    return _finish(sampler.result, task)
+
+
+def _finish(inversion: Inversion, task: Task) -> Inversion:
+    """The result with what only the host knows, off the device."""
+    latent_format = task.model.get_model_object("latent_format")
+    one = torch.ones_like(inversion.clean[:1]).cpu()
+    # Every latent format is an affine map of each channel; two points tell it.
+    shift = latent_format.process_out(torch.zeros_like(one))
+    scale = latent_format.process_out(one) - shift
+    known = {
+        "cfg": float(task.cfg),
+        "seed": task.seed,
+        "latent_format": type(latent_format).__name__,
+        "scale": scale.flatten(2)[0, :, 0],
+        "shift": shift.flatten(2)[0, :, 0],
+        "model": identify(task.model),
+        "positive": task.positive,
+        "negative": task.negative,
+    }
+    device = comfy.model_management.intermediate_device()
+    # Nodes run in inference mode, whose tensors no gradient can pass; a value that lives on in the graph must be
+    # ordinary.
+    with torch.inference_mode(False):
+        parts = {f.name: getattr(inversion, f.name) for f in fields(inversion)} | known
+        parts = {name: v.to(device).clone() if isinstance(v, Tensor) else v for name, v in parts.items()}
+        return replace(inversion, **parts)

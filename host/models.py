@@ -1,0 +1,158 @@
+"""Which models can be inverted, and whether a replay runs on the model that the inversion was made with."""
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ..samplers.inversion import ModelIdentity
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+# Host classes whose noisy latents are not `clean + sigma * eps`, or are so only in name.
+_OTHER_STEPS = ("CONST", "COSMOS_RFLOW", "IMG_TO_IMG", "StableCascadeSampling")
+_OTHER_TYPES = ("FLOW", "FLUX", "FLOW_COSMOS", "STABLE_CASCADE", "IMG_TO_IMG")
+
+PROBED_TENSORS, PROBED_VALUES = 16, 16
+# Mean distance of the normalised samples. Rounding to bfloat16 moves them by 0.002, to 8 bits by 0.03; another
+# checkpoint of the same architecture by 1 and more, an ordinary fine-tune by some hundredths.
+SAME_WEIGHTS, SAME_WEIGHTS_8_BIT = 0.01, 0.08
+
+
+def check_invertible(model: "ModelPatcher") -> None:
+    """Raise ValueError unless the model noises as `x = clean + sigma * eps` (SD1.x, SD2.x, SDXL and what builds on
+    them).
+    """
+    sampling = model.get_model_object("model_sampling")
+    model_type = getattr(getattr(model.model, "model_type", None), "name", "")
+    classes = [c for c in (getattr(comfy.model_sampling, name, None) for name in _OTHER_STEPS) if c is not None]
+    fits = isinstance(sampling, comfy.model_sampling.EPS) and not isinstance(sampling, tuple(classes))
+    # A node may have put another sampling on the model: what is there now decides, the model's type where it says more.
+    if not fits or (model_type in _OTHER_TYPES) or not _adds_noise(sampling):
+        kind = model_type or type(sampling).__name__
+        raise ValueError(
+            f"this model ({_describe(model)}, {kind}) cannot be inverted: flow models (SD3, Flux, ...), Stable Cascade "
+            "and image-to-"
+            "image models need other steps than the noise model x = clean + sigma * eps of SD1.x, SD2.x and SDXL. "
+            "Connect a model of "
+            "those families"
+        )
+
+
+def _adds_noise(sampling: Any) -> bool:
+    """Whether the sampling's own arithmetic is `latent + sigma * noise`, tried on one value."""
+    noise, latent, sigma = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 2.0), torch.tensor(0.5)
+    return bool(torch.allclose(sampling.noise_scaling(sigma, noise, latent.clone(), False), torch.tensor(3.5)))
+
+
+def check_channels(model: "ModelPatcher", latent: Tensor) -> None:
+    """Raise ValueError unless the latent [B, C, *S] has the model's channels and number of space axes."""
+    latent_format = model.get_model_object("latent_format")
+    axes = getattr(latent_format, "latent_dimensions", 2)
+    if latent.ndim != 2 + axes or latent.shape[1] != latent_format.latent_channels:
+        raise ValueError(
+            f"the latent {list(latent.shape)} does not fit the model ({_describe(model)}), which takes "
+            f"{latent_format.latent_channels} "
+            f"channels and {axes} further axes: encode the image with the VAE that belongs to this model"
+        )
+
+
+def identify(model: "ModelPatcher") -> ModelIdentity:
+    """What the model is, whatever is patched onto it: structure of its network, samples of its own unpatched
+    weights.
+    """
+    with model.use_ejected():
+        network = model.model.diffusion_model
+        parameters = dict(sorted(network.named_parameters()))
+        shapes = [f"{name} {list(p.shape)}" for name, p in parameters.items()]
+        parametrisation = _parametrisation(model)
+        digest = hashlib.sha256("\n".join([parametrisation, *shapes]).encode()).hexdigest()[:16]
+        dtype = str(next(iter(parameters.values())).dtype) if parameters else ""
+        weights = _probe(model, parameters)
+    code = hashlib.sha256(repr([[round(v, 2) for v in row] for row in weights]).encode()).hexdigest()[:6]
+    name = f"{_describe(model)}, {parametrisation}, weights {code if weights else 'unread'}"
+    return ModelIdentity(name=name, structure=digest, weights=weights, dtype=dtype)
+
+
+def check_same(made_with: ModelIdentity | None, now: ModelIdentity, allow_other: bool) -> None:
+    """Raise ValueError when a replay would run on another model than the inversion's.
+
+    A different structure never fits. Different weights in the same structure are an error unless `allow_other`; patches
+    such as a LoRA on the same checkpoint do not count, they are edits.
+    """
+    if made_with is None:
+        return
+    if made_with.structure != now.structure:
+        raise ValueError(
+            f"this inversion was made with another kind of model: {made_with.name}; the guider has: {now.name}. "
+            "Connect the model that "
+            "the inversion was made with, or invert again with this one"
+        )
+    if not allow_other and _distance(made_with, now) > _tolerance(made_with, now):
+        raise ValueError(
+            f"this inversion was made with another checkpoint: {made_with.name}; the guider has: {now.name}. Connect "
+            "that model, invert "
+            "again with this one, or switch on allow_other_model on the Replay node if you mean it"
+        )
+
+
+def _describe(model: "ModelPatcher") -> str:
+    network = getattr(model.model, "diffusion_model", None)
+    if network is None:
+        return type(model.model).__name__
+    millions = sum(math.prod(p.shape) for p in network.parameters()) / 1e6
+    return f"{type(model.model).__name__}/{type(network).__name__} with {millions:.1f} M parameters"
+
+
+def _parametrisation(model: "ModelPatcher") -> str:
+    """Name of the host's class that turns outputs into predictions (EPS, V_PREDICTION, EDM, X0)."""
+    for c in type(model.get_model_object("model_sampling")).__mro__:
+        if c.__module__ == comfy.model_sampling.__name__ and issubclass(c, comfy.model_sampling.EPS):
+            return c.__name__
+    return "unknown"
+
+
+def _probe(model: "ModelPatcher", parameters: dict[str, Tensor]) -> tuple[tuple[float, ...], ...]:
+    """Evenly spaced values of evenly spaced weight matrices; () where the weights cannot be read."""
+    names = [
+        name for name, p in parameters.items() if p.ndim >= 2 and p.is_floating_point() and p.numel() >= PROBED_VALUES
+    ]
+    chosen = [names[i * len(names) // PROBED_TENSORS] for i in range(PROBED_TENSORS)] if names else []
+    rows = []
+    for name in dict.fromkeys(chosen):
+        try:
+            weight = _unpatched(model, f"diffusion_model.{name}", parameters[name]).detach().flatten()
+            at = torch.arange(PROBED_VALUES, device=weight.device) * weight.numel() // PROBED_VALUES
+            # Unit length, because 8-bit checkpoints may store weights up to a scale.
+            row = weight[at].to("cpu", torch.float32)
+            row = row / row.norm().clamp(min=1e-12)
+            rows.append(tuple(row.tolist()))
+        except (RuntimeError, NotImplementedError, TypeError):
+            return ()
+    return tuple(rows)
+
+
+def _unpatched(model: "ModelPatcher", key: str, loaded: Tensor) -> Tensor:
+    """The checkpoint's own weight: while a patched model is loaded, the host keeps it in a backup."""
+    if key in model.backup:
+        return model.backup[key].weight
+    if key in getattr(model, "hook_backup", {}):
+        return model.hook_backup[key][0]
+    return loaded
+
+
+def _distance(a: ModelIdentity, b: ModelIdentity) -> float:
+    if not a.weights or not b.weights:
+        return 0.0
+    if [len(row) for row in a.weights] != [len(row) for row in b.weights]:
+        return math.inf
+    distances = [math.dist(p, q) for p, q in zip(a.weights, b.weights, strict=True)]
+    return sum(distances) / len(distances)
+
+
+def _tolerance(a: ModelIdentity, b: ModelIdentity) -> float:
+    return SAME_WEIGHTS_8_BIT if any("8" in i.dtype for i in (a, b)) else SAME_WEIGHTS

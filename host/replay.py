@@ -1,0 +1,112 @@
+"""Replaying an inversion with the host's SamplerCustomAdvanced: its NOISE and SAMPLER."""
+
+import logging
+from typing import Any
+
+import comfy.samplers
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..samplers.inversion import Inversion
+from ..samplers.replay import replay
+from .batching import fits
+from .inversion import HostModel
+from .models import check_invertible, check_same, identify
+
+
+class ReplayNoise:
+    """The host's NOISE: what, times the first level and added to the clean latent, is the latent that the replay starts
+    from.
+
+    Attributes:
+        inversion: in float32.
+        skip: noisy steps left out.
+        start: [B, C, *S] in the model's coordinates, a latent that replaces the stored one at that level; None for
+            none.
+        seed: of the inversion, for models whose conditioning uses one.
+    """
+
+    def __init__(self, inversion: Inversion, skip: int = 0, start: Tensor | None = None) -> None:
+        self.inversion = inversion
+        self.skip = skip
+        self.start = start
+        self.seed = inversion.seed
+
+    def generate_noise(self, input_latent: dict) -> Tensor:
+        """Noise [B, C, *S] for the host's latent; ValueError when that is not the inversion's."""
+        self.inversion.check_fits(input_latent["samples"].shape)
+        if self.start is None:
+            return self.inversion.noise_at(self.skip)
+        return (self.start - self.inversion.clean) / self.inversion.sigmas[self.skip]
+
+
+class ReplaySampler(comfy.samplers.Sampler):
+    """The host's SAMPLER that replays an inversion. Holds settings only, so that the host may run it again."""
+
+    def __init__(
+        self, inversion: Inversion, skip: int = 0, exact: bool = True, allow_other_model: bool = False
+    ) -> None:
+        self.inversion = inversion
+        self.skip = skip
+        self.exact = exact
+        self.allow_other_model = allow_other_model
+
+    def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
+        """Never: the stored latents are `clean + sigma * noise` at the highest level too, without the host's
+        rescaling.
+        """
+        return False
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        """Sample for a host's guider; raises ValueError before any model call when model, size or schedule do not
+        fit.
+        """
+        inversion = self.inversion
+        check_invertible(model_wrap.model_patcher)
+        check_same(inversion.model, identify(model_wrap.model_patcher), self.allow_other_model)
+        inversion.check_fits(noise.shape)
+        self._check_start(inversion.find(sigmas))
+        self._note_cfg(model_wrap)
+        x = noise * sigmas[0] + latent_image
+        mask = None if denoise_mask is None else _mask_by_level(denoise_mask, model_wrap, sigmas, len(x), extra_args)
+        total = len(sigmas) - 1
+        bar = tqdm(total=total, disable=disable_pbar)
+
+        def report(state: dict) -> None:
+            bar.update()
+            if callback is not None:
+                callback(state["i"], state["denoised"], state["x"], total)
+
+        resident = fits(x, (1 if mask is None else 2) * total)
+        settings: dict[str, Any] = {"inversion": inversion, "exact": self.exact, "mask": mask, "resident": resident}
+        with bar:
+            return replay(HostModel(model_wrap), x, sigmas, extra_args, report, disable_pbar, **settings)
+
+    def _check_start(self, start: int) -> None:
+        if start != self.skip:
+            raise ValueError(
+                f"the SIGMAS start at step {start} of the inversion, the Replay node at step {self.skip}: to leave out "
+                "noisy steps set "
+                "skip on the Replay node and use its NOISE, SAMPLER and SIGMAS together"
+            )
+
+    def _note_cfg(self, guider: Any) -> None:
+        cfg = getattr(guider, "cfg", None)
+        if isinstance(cfg, (int, float)) and abs(cfg - self.inversion.cfg) > 1e-6:
+            logging.info("Replaying at CFG %g an inversion that was made at CFG %g: an edit.", cfg, self.inversion.cfg)
+
+
+def _mask_by_level(mask: Tensor, guider: Any, sigmas: Tensor, batch: int, extra_args: dict):
+    """The host's denoise mask [B, C, *S] as a function of the level, for nodes that change it
+    (DifferentialDiffusion).
+    """
+    change = extra_args.get("model_options", {}).get("denoise_mask_function")
+    if change is None:
+        return mask
+
+    def at(sigma: Tensor) -> Tensor:
+        return change(sigma.expand(batch), mask, extra_options={"model": guider, "sigmas": sigmas})
+
+    return at

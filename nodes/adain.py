@@ -1,0 +1,101 @@
+"""AdaIN of latents, whole or per region, and the semantic map that it takes."""
+
+import torch
+from comfy_api.latest import io
+from einops import rearrange, repeat
+
+from ..attention.adain import adain, region_adain
+from ..attention.regions import SemanticMap
+from .schema import schema
+from .types import LabelMap
+from .types import SemanticMap as SemanticMapSocket
+
+CATEGORY = "semantic_style/style"
+
+
+class AdaIN(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleAdaIN",
+            display_name="AdaIN (Semantic Style)",
+            category=CATEGORY,
+            description="Gives the content latent the channel means and deviations of the style latent, region by "
+            "region when a semantic map is connected. Sizes may differ.",
+            search_aliases=["color transfer", "statistics", "s-adain"],
+            inputs=[
+                io.Latent.Input("content", tooltip="The latent to change; its layout stays."),
+                io.Latent.Input(
+                    "style",
+                    tooltip="The latent that gives the statistics; one for all content latents or one for each. For "
+                    "noisy latents of an inversion take both at the same step.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="0 changes nothing, 1 is the full effect.",
+                ),
+                SemanticMapSocket.Input(
+                    "semantic_map",
+                    optional=True,
+                    tooltip="Same regions exchange statistics; regions that the style lacks take those of the whole "
+                    "style.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The content with the style's statistics.")],
+        )
+
+    @classmethod
+    def execute(cls, content, style, strength: float, semantic_map: SemanticMap | None = None) -> io.NodeOutput:
+        restyled = _adain(content["samples"], style["samples"], strength, semantic_map)
+        return io.NodeOutput({**content, "samples": restyled})
+
+
+class MapFromLabels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleMapFromLabels",
+            display_name="Semantic Map from Labels (Semantic Style)",
+            category=CATEGORY,
+            description="Pairs the label maps of content and style: equal labels are the same kind of thing.",
+            inputs=[
+                LabelMap.Input("content", tooltip="Regions of the content image, at any resolution."),
+                LabelMap.Input("style", tooltip="Regions of the style image, at any resolution."),
+            ],
+            outputs=[SemanticMapSocket.Output(display_name="semantic_map", tooltip="Which regions belong together.")],
+        )
+
+    @classmethod
+    def execute(cls, content: torch.Tensor, style: torch.Tensor) -> io.NodeOutput:
+        return io.NodeOutput(SemanticMap(content, style))
+
+
+def _adain(content: torch.Tensor, style: torch.Tensor, strength: float, regions: SemanticMap | None) -> torch.Tensor:
+    """AdaIN of latents [B, C, H, W] or [B, C, T, H, W]. With regions every frame has its own map, or all share one."""
+    style = style.to(content.device)
+    if regions is None:
+        return adain(content, style, strength=strength)
+    frames, theirs = _frames(content), _frames(style)
+    if len(theirs) not in (1, len(frames)):
+        raise ValueError(f"AdaIN per region needs one style frame or one for each of {len(frames)}, got {len(theirs)}")
+    at = regions.at(tuple(content.shape[-2:]), tuple(style.shape[-2:]))
+    out = region_adain(frames, theirs, _per_frame(at.content, content), _per_frame(at.style, style), strength=strength)
+    return out if content.ndim == 4 else rearrange(out, "(b t) c h w -> b c t h w", b=len(content))
+
+
+def _frames(latent: torch.Tensor) -> torch.Tensor:
+    return latent if latent.ndim == 4 else rearrange(latent, "b c t h w -> (b t) c h w")
+
+
+def _per_frame(labels: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """One map per video serves all its frames."""
+    if latent.ndim == 5 and 1 < len(labels) == len(latent):
+        return repeat(labels, "b h w -> (b t) h w", t=latent.shape[2])
+    return labels
+
+
+NODES: list[type[io.ComfyNode]] = [AdaIN, MapFromLabels]

@@ -1,0 +1,340 @@
+"""Nodes around an inversion: making it, replaying it, looking into it, keeping it."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.samplers
+import folder_paths
+from comfy_api.latest import io
+
+from ..host.inversion import Task, invert_ddim, invert_ddpm
+from ..host.replay import ReplayNoise, ReplaySampler
+from ..samplers.inversion import Inversion
+from ..samplers.storage import load_inversion, save_inversion
+from .schema import schema
+from .types import Inversion as InversionSocket
+
+CATEGORY = "semantic_style/inversion"
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+SUFFIX = ".safetensors"
+FOLDER = "inversions"
+
+
+def _shared_inputs(steps: int, scheduler: str, cfg: float) -> list[Any]:
+    """The inputs that both inversions have."""
+    return [
+        io.Model.Input("model", tooltip="SD1.x, SD2.x, SDXL or a model that builds on them. Flow models are refused."),
+        io.Conditioning.Input("positive", tooltip="What the picture shows. The better it fits, the better edits work."),
+        io.Conditioning.Input("negative", tooltip="Negative prompt, usually empty. Not evaluated at CFG 1."),
+        io.Latent.Input(
+            "latent",
+            tooltip="The picture to invert: one, a batch, or the frames of a video. A noise mask in it is not used; "
+            "mask the replay.",
+        ),
+        io.Int.Input(
+            "steps", default=steps, min=1, max=10000, tooltip="Noise levels. More follow the picture more finely."
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.SCHEDULER_NAMES,
+            default=scheduler,
+            tooltip="How the noise levels are spaced. The replay uses the same levels.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=cfg,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance scale. Use the same one in the replay's guider to get the picture back.",
+        ),
+    ]
+
+
+def _seed_input(tooltip: str) -> Any:
+    # Without the control that draws a new seed after every run: it would invert anew each time.
+    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=False, tooltip=tooltip)
+
+
+def _inversion_output() -> Any:
+    return InversionSocket.Output(
+        display_name="inversion", tooltip="The picture's path to noise, with all that replaying it needs."
+    )
+
+
+def _task(model, positive, negative, latent, steps, scheduler, cfg, seed) -> Task:
+    return Task(model, positive, negative, latent["samples"], steps, scheduler, cfg, seed)
+
+
+class DDPMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleDDPMInversion",
+            display_name="DDPM Inversion (Semantic Style)",
+            category=CATEGORY,
+            description="Finds the noise from which the model makes exactly this picture (edit-friendly DDPM "
+            "inversion), so that it can be made again with another prompt, guidance, model patch or noise.",
+            search_aliases=["edit friendly", "invert", "noise maps", "semantix"],
+            inputs=[
+                *_shared_inputs(steps=60, scheduler="normal", cfg=3.5),
+                _seed_input("Seed of the noise that the picture is inverted to. Another seed gives other edits."),
+                io.Int.Input(
+                    "batch_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Noise levels per model call; 0 chooses by free memory. Models with patches that may "
+                    "depend on the level (AnimateDiff, control) always run one by one.",
+                ),
+            ],
+            outputs=[_inversion_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent, steps, scheduler, cfg, seed, batch_steps: int = 0
+    ) -> io.NodeOutput:
+        task = _task(model, positive, negative, latent, steps, scheduler, cfg, seed)
+        return io.NodeOutput(invert_ddpm(task, batch_steps))
+
+
+class DDIMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleDDIMInversion",
+            display_name="DDIM Inversion (Semantic Style)",
+            category=CATEGORY,
+            description="Follows the model's own flow from the picture up to noise, without randomness. The "
+            "reconstruction is approximate; its latents are what style-transfer methods such as SCSA start from.",
+            search_aliases=["invert", "unsample", "scsa", "styleid"],
+            inputs=[
+                *_shared_inputs(steps=50, scheduler="ddim_uniform", cfg=1.0),
+                _seed_input("DDIM draws no noise; only models whose conditioning draws some (unCLIP) look at this."),
+                io.Int.Input(
+                    "refine",
+                    default=0,
+                    min=0,
+                    max=10,
+                    optional=True,
+                    tooltip="Fixed-point refinements of every step: each costs as much as the inversion and cuts the "
+                    "error several times. At CFG 1 only.",
+                ),
+            ],
+            outputs=[_inversion_output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent, steps, scheduler, cfg, seed, refine: int = 0) -> io.NodeOutput:
+        return io.NodeOutput(invert_ddim(_task(model, positive, negative, latent, steps, scheduler, cfg, seed), refine))
+
+
+class Replay(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleReplay",
+            display_name="Replay Inversion (Semantic Style)",
+            category=CATEGORY,
+            description="All that SamplerCustomAdvanced needs to sample along an inversion. With the same model, "
+            "prompts and CFG in the guider the picture comes back; with others it is edited.",
+            search_aliases=["reconstruct", "edit", "resample"],
+            inputs=[
+                InversionSocket.Input("inversion", tooltip="From an inversion node or from a file."),
+                io.Int.Input(
+                    "skip",
+                    default=0,
+                    min=0,
+                    max=9999,
+                    tooltip="Noisy steps to leave out. More keeps more of the picture; for edits with DDPM a third to "
+                    "a half of the steps is a good start.",
+                ),
+                io.Boolean.Input(
+                    "exact",
+                    default=True,
+                    tooltip="Add what the last prediction lacked, so that the reconstruction is exact (DDPM). Off as "
+                    "in the paper.",
+                ),
+                io.Latent.Input(
+                    "start",
+                    optional=True,
+                    tooltip="A noisy latent to start from in place of the stored one, at the level that skip chooses: "
+                    "from Inversion Latent, changed by AdaIN for example.",
+                ),
+                io.Boolean.Input(
+                    "allow_other_model",
+                    default=False,
+                    optional=True,
+                    tooltip="Replay on another checkpoint of the same architecture. Patches such as LoRAs need no "
+                    "permission.",
+                ),
+            ],
+            outputs=[
+                io.Noise.Output(display_name="noise", tooltip="The inversion's own noise at its first level."),
+                io.Sampler.Output(display_name="sampler", tooltip="Samples along the inversion's noise maps."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The inversion's noise levels, without those skipped."),
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="The picture that was inverted. A noise mask on it restricts the edit to the mask.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, inversion: Inversion, skip: int, exact: bool, start: dict | None = None, allow_other_model: bool = False
+    ) -> io.NodeOutput:
+        if not 0 <= skip < inversion.steps:
+            raise ValueError(
+                f"skip must be 0 to {inversion.steps - 1} for this inversion of {inversion.steps} steps, got {skip}"
+            )
+        beginning = None
+        if start is not None:
+            inversion.check_fits(start["samples"].shape)
+            beginning = inversion.to_inner(start["samples"].to(inversion.clean))
+        return io.NodeOutput(
+            ReplayNoise(inversion, skip, beginning),
+            ReplaySampler(inversion, skip, exact, allow_other_model),
+            inversion.sigmas[skip:].clone(),
+            {"samples": inversion.to_outer(inversion.clean)},
+        )
+
+
+class InversionLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleInversionLatent",
+            display_name="Inversion Latent (Semantic Style)",
+            category=CATEGORY,
+            description="A latent of the inversion's path: the noisiest at step 0, the picture itself at the last.",
+            inputs=[
+                InversionSocket.Input("inversion", tooltip="From an inversion node or from a file."),
+                io.Int.Input(
+                    "step",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    tooltip="0 is the noisiest latent, where a replay starts; the number of steps is the clean "
+                    "picture. Use the same number as skip on the Replay node.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The latent at that step, noise included.")],
+        )
+
+    @classmethod
+    def execute(cls, inversion: Inversion, step: int) -> io.NodeOutput:
+        if not 0 <= step <= inversion.steps:
+            raise ValueError(f"step must be 0 to {inversion.steps} for this inversion, got {step}")
+        return io.NodeOutput({"samples": inversion.to_outer(inversion.trajectory[step])})
+
+
+class SaveInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleSaveInversion",
+            display_name="Save Inversion (Semantic Style)",
+            category=CATEGORY,
+            description="Writes an inversion into ComfyUI's output folder, as one safetensors file. Control networks "
+            "and hooks in its conditioning are left out.",
+            inputs=[
+                InversionSocket.Input("inversion", tooltip="What to save."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FOLDER}/inversion",
+                    tooltip="Folder and beginning of the name, below the output folder; a number is added. Load "
+                    f"Inversion lists what is in {FOLDER}.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="The file's name for Load Inversion.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, inversion: Inversion, filename_prefix: str) -> io.NodeOutput:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory()
+        )
+        file = f"{name}_{counter:05}_{SUFFIX}"
+        path = Path(folder) / file
+        save_inversion(path, inversion)
+        logging.info("Saved the inversion to %s.", path)
+        return io.NodeOutput(f"{Path(subfolder, file).as_posix()} [output]")
+
+
+class LoadInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleLoadInversion",
+            display_name="Load Inversion (Semantic Style)",
+            category=CATEGORY,
+            description="Reads an inversion that Save Inversion wrote.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_files(),
+                    tooltip=f"Inversions in the input folder and in output/{FOLDER}. Press R to refresh the list.",
+                )
+            ],
+            outputs=[_inversion_output()],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(load_inversion(_path(file)))
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        """A message for a file that is not there, when the graph is queued. Taking `file` over also lets a file be
+        named that was saved after the list was made."""
+        if file is None:
+            return True
+        try:
+            _path(file)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None) -> Any:
+        """Changes when the file does, so that the host reads it again."""
+        if file is None:
+            return None
+        status = os.stat(_path(file))
+        return [status.st_mtime_ns, status.st_size]
+
+
+def _files() -> list[str]:
+    """Names for the list: those in the input folder, and those saved below output/inversions, marked as the host
+    does.
+    """
+    found = []
+    places = ((folder_paths.get_input_directory(), "", ""), (folder_paths.get_output_directory(), FOLDER, " [output]"))
+    for base, sub, mark in places:
+        below = Path(base, sub)
+        found += sorted(f"{p.relative_to(base).as_posix()}{mark}" for p in below.rglob(f"*{SUFFIX}") if p.is_file())
+    return found
+
+
+def _path(file: str) -> Path:
+    """The path of a name from the list; ValueError for one that leads out of its folder, FileNotFoundError for no
+    file.
+    """
+    name, base = folder_paths.annotated_filepath(file)
+    root = Path(base or folder_paths.get_input_directory()).resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root) or path.suffix != SUFFIX:
+        raise ValueError(f"{file!r} is not a {SUFFIX} file below ComfyUI's input or output folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no inversion {file!r}; save one, or press R to refresh the list")
+    return path
+
+
+NODES: list[type[io.ComfyNode]] = [DDPMInversion, DDIMInversion, Replay, InversionLatent, SaveInversion, LoadInversion]

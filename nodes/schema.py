@@ -1,0 +1,15 @@
+"""Schemas that every supported host accepts."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+
+def schema(**keywords: Any) -> io.Schema:
+    """`io.Schema` of those keywords that this host's version knows.
+
+    An unknown keyword would fail the whole pack there, and what newer versions added (such as search aliases) is a
+    convenience that a node can do without.
+    """
+    known = io.Schema.__dataclass_fields__
+    return io.Schema(**{name: value for name, value in keywords.items() if name in known})
