@@ -56,7 +56,7 @@ def test_a_node_that_fails_is_an_error_with_its_message(comfy_client: Client) ->
 def test_a_run_can_be_interrupted(comfy_client: Client) -> None:
     """Interrupted from another thread as soon as the sampler takes its first step."""
     graph = {
-        "1": {"class_type": "SemanticStylePaperlandModel", "inputs": {}},
+        "1": {"class_type": "SemanticStylePaperlandModel", "inputs": {"precision": "fp32"}},
         "2": {"class_type": "SemanticStylePaperlandEncode", "inputs": {"clip": ["1", 1], "caption": ""}},
         "3": {"class_type": "SemanticStylePaperlandLatent", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
         "4": {
