@@ -328,8 +328,9 @@ def _path(file: str) -> Path:
     file.
     """
     name, base = folder_paths.annotated_filepath(file)
-    root = Path(base or folder_paths.get_input_directory()).resolve()
-    path = (root / name).resolve()
+    # Not resolved: a link that the user put into the folder may lead anywhere, a name may not.
+    root = Path(os.path.abspath(base or folder_paths.get_input_directory()))
+    path = Path(os.path.abspath(root / name))
     if not path.is_relative_to(root) or path.suffix != SUFFIX:
         raise ValueError(f"{file!r} is not a {SUFFIX} file below ComfyUI's input or output folder")
     if not path.is_file():
