@@ -9,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ Graph = dict[str, dict[str, Any]]
 HTTP_SECONDS = 30.0
 # How long to wait for a message before asking the server's history whether one was missed.
 MESSAGE_SECONDS = 2.0
+STEPPING_WEIGHT = 30.0
 
 
 class GraphError(RuntimeError):
@@ -42,18 +43,28 @@ class ServerGoneError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: `done` of `total` nodes, and step `value` of `maximum` in the node that is running."""
+    """How far a run is: the share of it that is done, the node that is running, and its step `value` of `maximum`."""
 
-    done: int
-    total: int
+    fraction: float
     title: str = ""
     value: int = 0
     maximum: int = 0
 
-    @property
-    def fraction(self) -> float:
-        within = self.value / self.maximum if self.maximum else 0.0
-        return min((self.done + within) / max(self.total, 1), 1.0)
+
+def progress_of(graph: Graph, done: Collection[str], running: str | None, value: int = 0, maximum: int = 0) -> Progress:
+    """The progress of a run whose nodes `done` are ready and which is at a step of the node `running`, if any."""
+    total = sum(map(_weight, graph.values()))
+    ready = sum(_weight(node) for node_id, node in graph.items() if node_id in done)
+    if running is None or running not in graph:
+        return Progress(ready / total)
+    if maximum and running not in done:
+        ready += _weight(graph[running]) * min(value / maximum, 1.0)
+    return Progress(ready / total, node_title(graph, running), value, maximum)
+
+
+def _weight(node: dict[str, Any]) -> float:
+    """How long a node takes, roughly, in others: those that run the model step by step take nearly all the time."""
+    return STEPPING_WEIGHT if {"steps", "sampler"} & node["inputs"].keys() else 1.0
 
 
 @dataclass(frozen=True)
@@ -218,8 +229,7 @@ class _Tracker:
         return False
 
     def _tell(self, value: int = 0, maximum: int = 0) -> None:
-        title = node_title(self.graph, self.running) if self.running is not None else ""
-        self.report(Progress(len(self.done & self.graph.keys()), len(self.graph), title, value, maximum))
+        self.report(progress_of(self.graph, self.done, self.running, value, maximum))
 
 
 def node_title(graph: Graph, node_id: str) -> str:

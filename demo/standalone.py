@@ -24,7 +24,7 @@ from ..samplers.inversion import Inversion
 from ..samplers.replay import replay
 from . import model as paperland
 from . import scenes
-from .client import Graph, Progress, node_title
+from .client import Graph, Progress, node_title, progress_of
 
 # Levels per model call on an accelerator; on a CPU one image of 32x32 places keeps the cores busy.
 GPU_LEVELS = 16
@@ -89,7 +89,7 @@ class _Run:
         return value
 
     def report(self, node_id: str, value: int, maximum: int) -> None:
-        self.progress(Progress(len(self.outputs), len(self.graph), node_title(self.graph, node_id), value, maximum))
+        self.progress(progress_of(self.graph, self.outputs, node_id, value, maximum))
 
 
 def device() -> torch.device:

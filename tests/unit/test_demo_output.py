@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from semantic_style.demo import run, sheet
-from semantic_style.demo.client import GraphError, GraphInterrupted, Progress, _Tracker, node_title
+from semantic_style.demo.client import GraphError, GraphInterrupted, Progress, _Tracker, node_title, progress_of
 from semantic_style.demo.progress import ProgressBar
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -91,6 +91,13 @@ def test_messages_become_progress() -> None:
     assert not tracker.take("executing", {"node": "2"})
     assert tracker.take("executing", {"node": None})
     assert [(p.title, p.fraction) for p in seen] == [("A", 0.0), ("A", 0.25), ("Bee", 0.5), ("", 1.0)]
+
+
+def test_nodes_that_step_are_most_of_the_progress() -> None:
+    graph = {**GRAPH, "3": {"class_type": "KSampler", "inputs": {"steps": 20}}}
+    assert progress_of(graph, {"1", "2"}, "3").fraction < 0.1
+    assert progress_of(graph, {"1", "2"}, "3", 10, 20).fraction == pytest.approx(0.5, abs=0.05)
+    assert progress_of(graph, {"1", "2", "3"}, None).fraction == 1
 
 
 def test_failures_say_where_they_happened() -> None:
