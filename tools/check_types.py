@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ def main() -> int:
         # mypy names modules by the folders around them; "semantic-style" or "main" would do no good.
         (Path(folder) / "semantic_style").symlink_to(ROOT, target_is_directory=True)
         packages = [f"--package=semantic_style.{part}" for part in PARTS if (ROOT / part / "__init__.py").is_file()]
-        options = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}"]
+        # No cache: it would remember files by the temporary folder's name, and take missing ones to be still missing.
+        options = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={os.devnull}"]
         return subprocess.run([sys.executable, "-m", "mypy", *options, *packages], cwd=folder).returncode
 
 

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -142,10 +143,11 @@ def install_pip_from_registry(python: Path) -> None:
     """pip for a Python that comes without it: its wheel runs from inside the archive."""
     say("this Python has no ensurepip: taking pip from PyPI")
     try:
-        with urllib.request.urlopen(os.environ.get("PIP_METADATA_URL", ""), timeout=60) as answer:
+        registry = os.environ.get("PIP_METADATA_URL", "")
+        with urllib.request.urlopen(registry, timeout=60) as answer:
             files = json.load(answer)["urls"]
         wheel = next(file for file in files if file["packagetype"] == "bdist_wheel")
-        with urllib.request.urlopen(wheel["url"], timeout=60) as answer:
+        with urllib.request.urlopen(urllib.parse.urljoin(registry, wheel["url"]), timeout=60) as answer:
             content = answer.read()
     except (OSError, StopIteration, ValueError, KeyError) as error:
         raise SetupError(f"pip cannot be had ({error}); on Debian: apt install python3-venv") from error
@@ -158,7 +160,9 @@ def install_pip_from_registry(python: Path) -> None:
 
 
 def pip_install(python: Path, *arguments: str) -> None:
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    # Progress bars for a person; nothing but trouble for a log.
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *quiet, *arguments]
     if subprocess.run(command).returncode != 0:
         raise SetupError(f"pip failed; is PyPI reachable? The command was: {' '.join(command)}")
 
