@@ -27,6 +27,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from types import ModuleType
 
 from comfy_install import install_host
 
@@ -51,9 +52,11 @@ def say(text: str) -> None:
     print(f"[setup] {text}", flush=True)
 
 
-def load_locate():
+def load_locate() -> ModuleType:
     """demo/locate.py as a module, without the package around it, which needs torch."""
     spec = importlib.util.spec_from_file_location("locate", ROOT / "demo" / "locate.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -169,7 +172,7 @@ def pip_install(python: Path, *arguments: str) -> None:
 
 def missing_in(python: Path, requirements: list[str]) -> list[str]:
     """Those of the requirements whose distribution an environment lacks (versions are not compared)."""
-    names = [re.match(r"[A-Za-z0-9._-]+", item).group(0) for item in requirements]
+    names = [re.split(r"[^A-Za-z0-9._-]", item)[0] for item in requirements]
     code = (
         "import sys, importlib.metadata as m\n"
         "for n in sys.argv[1:]:\n"
