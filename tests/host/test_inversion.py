@@ -352,6 +352,41 @@ def test_a_latent_that_is_not_finite_is_refused(model, evaluations):
     assert not evaluations
 
 
+@pytest.mark.parametrize(("calls_that_fit", "levels"), [(2.5, [2, 2, 2]), (100, [6]), (0.5, [1] * 6)])
+def test_levels_per_call_follow_the_free_memory(model, evaluations, monkeypatch, calls_that_fit, levels):
+    free = calls_that_fit * 1.5 * model.model.memory_required([1, 4, 8, 8])
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: free)
+    ddpm(model, latent(1, 4, 8, 8), 6, cfg=1.0)
+    assert evaluations == levels
+
+
+def test_running_out_of_memory_halves_the_levels_per_call(model, evaluations, monkeypatch):
+    real = model.model.apply_model
+
+    def small(x, *args, **kwargs):
+        if len(x) > 4:
+            raise torch.cuda.OutOfMemoryError("too big")
+        return real(x, *args, **kwargs)
+
+    monkeypatch.setattr(model.model, "apply_model", small)
+    image = latent(1, 4, 8, 8)
+    inversion = ddpm(model, image, 6, batch_steps=6)
+    # 6 levels with two branches, then 3, then 1.
+    assert evaluations == [2] * 6
+    monkeypatch.undo()
+    assert error(resample(model, inversion), image) < 1e-4
+
+
+def test_an_inversion_too_big_for_the_device_is_streamed(model, monkeypatch):
+    image = latent(1, 4, 8, 8)
+    expected = ddpm(model, image, batch_steps=2)
+    out = resample(model, expected, positive=OTHER)
+    monkeypatch.setattr("semantic_style.host.inversion.fits", lambda *_: False)
+    monkeypatch.setattr("semantic_style.host.replay.fits", lambda *_: False)
+    assert torch.equal(ddpm(model, image, batch_steps=2).noise_maps, expected.noise_maps)
+    assert torch.equal(resample(model, expected, positive=OTHER), out)
+
+
 @pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
 def test_every_scheduler_gives_levels_that_decrease(model, scheduler):
     for steps in (2, 7, 60, 1500):
