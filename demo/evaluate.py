@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention.regions import resample_labels
 from ..samplers.features import FeatureTap, feature_blocks
 from . import scenes
-from .model import SCALE, WEIGHTS, Paperland, encode_pixels, load
+from .model import PATCH, WEIGHTS, Paperland, encode_pixels, load
 from .scenes import REGIONS, Scenes
 from .text import parse
 from .train import sample, validate, write_sheet
@@ -31,7 +31,7 @@ def drawn(count: int, seed: int) -> Scenes:
 
 def features(model: Paperland, images: Tensor, captions: Sequence[str], sigma: float, seed: int = 0) -> list[Tensor]:
     """Decoder features of noised images, one tensor [B, C, h, w] per stage."""
-    clean = SCALE * encode_pixels(images)
+    clean = encode_pixels(images)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
     tap = FeatureTap(feature_blocks(model.unet))
     model(clean + sigma * noise, clean.new_full((len(clean),), sigma), model.text(list(captions)), tap.options())
@@ -73,7 +73,7 @@ def correspondence(model: Paperland, pairs: int = 32, sigma: float = MIDDLE_SIGM
     position.
     """
     a, b = drawn(pairs, 1), drawn(pairs, 2)
-    inputs: dict[str, list[tuple[Tensor, Tensor]]] = {"pixels": [(encode_pixels(a.images), encode_pixels(b.images))]}
+    inputs: dict[str, list[tuple[Tensor, Tensor]]] = {"pixels": [(_patches(a.images), _patches(b.images))]}
     for name, captioned in (("features", False), ("features, captioned", True)):
         captions = [s.captions if captioned else [""] * pairs for s in (a, b)]
         inputs[name] = list(
@@ -102,6 +102,10 @@ def correspondence(model: Paperland, pairs: int = 32, sigma: float = MIDDLE_SIGM
             if name == "pixels":
                 results["chance"], results["same position"] = chance.result(), same.result()
     return results
+
+
+def _patches(images: Tensor) -> Tensor:
+    return rearrange(images, "b (h p) (w q) c -> b (p q c) h w", p=PATCH, q=PATCH)
 
 
 def _closest(queries: Tensor, keys: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 checkpoint."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,43 @@ from .text import CaptionEncoder
 from .unet import Options, PaperlandUNet, UNetConfig
 
 WEIGHTS = Path(__file__).parent / "weights" / "paperland.safetensors"
-FORMAT = "paperland-1"
+FORMAT = "paperland-2"
 PATCH = 4  # pixels of a latent place's side
 LATENT_CHANNELS = 3 * PATCH * PATCH
-SCALE = 0.75  # of the latents the model sees: their deviation is 0.33, so a place is as noisy as in SD
+# Standard deviation of a patch's cosine coefficients over many scenes, by vertical and horizontal frequency.
+SPREAD = (
+    (1.69, 0.44, 0.17, 0.09),
+    (0.44, 0.21, 0.115, 0.064),
+    (0.17, 0.115, 0.085, 0.055),
+    (0.09, 0.064, 0.055, 0.044),
+)
+WHITENING = 0.75  # exponent: 0 leaves the coefficients as they are, 1 gives all the same deviation
 TIMESTEPS = 1000
 BETA_RANGE = (0.00085, 0.012)
 
 
+def basis() -> Tensor:
+    """[16, 16]: a patch's pixels to the coefficients of its cosine transform, each over `SPREAD ** WHITENING`.
+
+    In pixels, noise that hides the colours of a landscape has long drowned its edges and textures. In these
+    coordinates, as in the latents of an autoencoder, coarse and fine content are lost at levels that are less far
+    apart, and what noise a sampler leaves behind is too small to be seen.
+    """
+    k = torch.arange(PATCH, dtype=torch.float64)
+    cosines = torch.cos(math.pi * (k + 0.5) * k[:, None] / PATCH) * math.sqrt(2 / PATCH)
+    cosines[0] /= math.sqrt(2)
+    scale = torch.tensor(SPREAD, dtype=torch.float64) ** -WHITENING
+    return (scale.flatten()[:, None] * torch.kron(cosines, cosines)).float()
+
+
+def _mix(latents: Tensor, matrix: Tensor) -> Tensor:
+    channels = rearrange(latents, "b (c k) h w -> b c k h w", c=3)
+    return rearrange(torch.einsum("jk,bckhw->bcjhw", matrix.to(latents), channels), "b c j h w -> b (c j) h w")
+
+
 def encode_pixels(images: Tensor) -> Tensor:
-    """Images [B, H, W, 3] in 0..1 to latents [B, 48, H/4, W/4] in -1..1, exactly. Sides are cut to multiples of 4
-    (centred)."""
+    """Images [B, H, W, 3] in 0..1 to latents [B, 48, H/4, W/4], exactly: the 4x4 patches in the coordinates of
+    `basis`, red before green before blue. Sides are cut to multiples of 4 (centred)."""
     h, w = (n // PATCH * PATCH for n in images.shape[1:3])
     if not h or not w:
         raise ValueError(f"images are {images.shape[2]}x{images.shape[1]} pixels; at least {PATCH}x{PATCH} are needed")
@@ -34,18 +61,20 @@ def encode_pixels(images: Tensor) -> Tensor:
     patches = rearrange(
         images[:, top : top + h, left : left + w, :3], "b (h p) (w q) c -> b (c p q) h w", p=PATCH, q=PATCH
     )
-    return patches * 2 - 1
+    return _mix(patches * 2 - 1, basis())
 
 
 def decode_pixels(latents: Tensor) -> Tensor:
     """Latents [B, 48, h, w] to images [B, 4h, 4w, 3], clamped to 0..1."""
-    pixels = rearrange(latents, "b (c p q) h w -> b (h p) (w q) c", p=PATCH, q=PATCH, c=3)
+    patches = _mix(latents, torch.linalg.inv(basis()))
+    pixels = rearrange(patches, "b (c p q) h w -> b (h p) (w q) c", p=PATCH, q=PATCH, c=3)
     return ((pixels + 1) / 2).clamp(0, 1)
 
 
 def preview_factors() -> Tensor:
-    """[48, 3]: latent channels to RGB, the mean over a patch (for the host's latent previews)."""
-    return torch.eye(3).repeat_interleave(PATCH * PATCH, dim=0) / (PATCH * PATCH)
+    """[48, 3]: latent channels to RGB in -1..1, the mean over a patch (for the host's latent previews)."""
+    mean = torch.linalg.inv(basis()).mean(dim=0)
+    return torch.kron(torch.eye(3), mean[:, None])
 
 
 def schedule() -> Tensor:
@@ -87,7 +116,7 @@ class Paperland(nn.Module):
         """Denoised latents.
 
         Args:
-            x: [B, 48, h, w] = clean + sigma * noise, clean being `SCALE * encode_pixels(...)`.
+            x: [B, 48, h, w] = clean + sigma * noise, clean being `encode_pixels(...)`.
             sigma: [B], noise level.
             context: [B or 1, tokens, channels] from `self.text`.
             transformer_options: hooks, see `PaperlandUNet.forward`.

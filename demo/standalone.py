@@ -151,7 +151,7 @@ def invert_ddpm(
     on = device()
     inversion = ddpm_inversion(
         model.guided(positive, negative, cfg),
-        (latent * paperland.SCALE).to(on),
+        latent.to(on),
         _levels(scheduler, steps),
         seed=seed,
         batch_steps=batch_steps or (1 if on.type == "cpu" else GPU_LEVELS),
@@ -174,7 +174,7 @@ def invert_ddim(
 ) -> tuple:
     inversion = ddim_inversion(
         model.guided(positive, negative, cfg),
-        (latent * paperland.SCALE).to(device()),
+        latent.to(device()),
         _levels(scheduler, steps),
         refine=refine,
         callback=lambda state: report(state["i"] + 1, state["total"]),
@@ -183,7 +183,7 @@ def invert_ddim(
 
 
 def inversion_latent(report: Report, inversion: Inversion, step: int) -> tuple:
-    return (inversion.trajectory[step] / paperland.SCALE,)
+    return (inversion.trajectory[step],)
 
 
 def prepare_replay(
@@ -194,9 +194,9 @@ def prepare_replay(
     start: Tensor | None = None,
     allow_other_model: bool = False,
 ) -> tuple:
-    first = inversion.trajectory[skip] if start is None else start.to(inversion.clean) * paperland.SCALE
+    first = inversion.trajectory[skip] if start is None else start.to(inversion.clean)
     going = Replaying(inversion, skip, exact, first)
-    return going, going, inversion.sigmas[skip:], inversion.clean / paperland.SCALE
+    return going, going, inversion.sigmas[skip:], inversion.clean
 
 
 def sample_from_noise(
@@ -219,7 +219,7 @@ def sample_from_noise(
     # As in the host: at the top of the schedule the latent has the variance of signal and noise together.
     x = noise * (1 + sigmas[0] ** 2).sqrt()
     out = dpm_solver_2m(model.guided(positive, negative, cfg), x, sigmas, report)
-    return (out / paperland.SCALE,)
+    return (out,)
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def sample(
         exact=sampler.exact,
         callback=lambda state: report(state["i"] + 1, state["total"]),
     )
-    return out / paperland.SCALE, out / paperland.SCALE
+    return out, out
 
 
 def pair_labels(report: Report, content: Tensor, style: Tensor) -> tuple:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import scenes
-from .model import SCALE, TIMESTEPS, Paperland, decode_pixels, encode_pixels, save, sigmas_normal
+from .model import TIMESTEPS, Paperland, decode_pixels, encode_pixels, save, sigmas_normal
 
 NULL_SHARE = 0.1  # captions replaced by the empty one, for classifier-free guidance
 PHRASE_DROPPED, PHRASE_BARE = 0.06, 0.08  # phrases left out, and left without their colours and texture
@@ -60,7 +60,7 @@ def batch_of(step: int, settings: Settings) -> tuple[Tensor, list[str], Tensor, 
     """Clean latents [B, 48, 32, 32], captions, timesteps [B] and noise of one step."""
     g = scenes.seeded(settings.seed * 1_000_003 + step, settings.device)
     drawn = scenes.draw(scenes.sample_layouts(settings.batch, g), scenes.sample_styles(settings.batch, g))
-    clean = SCALE * encode_pixels(drawn.images)
+    clean = encode_pixels(drawn.images)
     rng = random.Random(settings.seed * 1_000_003 + step)
     offset = torch.rand(1, generator=g, device=g.device)
     spread = (
@@ -96,7 +96,7 @@ def validate(model: Paperland, device: str, count: int = 24) -> dict[str, float]
     """Root mean square error of the denoised latents (model scale) of fixed unseen scenes, per noise level."""
     g = scenes.seeded(987_654_321, device)
     drawn = scenes.draw(scenes.sample_layouts(count, g), scenes.sample_styles(count, g))
-    clean = SCALE * encode_pixels(drawn.images)
+    clean = encode_pixels(drawn.images)
     noise = torch.randn(clean.shape, generator=g, device=g.device)
     context = model.text(drawn.captions)
     return {
@@ -124,7 +124,7 @@ def sample(
         denoised = guided(x, s.expand(len(x)))
         up = (s_next**2 * (s**2 - s_next**2) / s**2).sqrt()
         x = denoised + s_next**2 / s * (x - denoised) / s + up * torch.randn(shape, generator=g).to(device)
-    return decode_pixels(x / SCALE)
+    return decode_pixels(x)
 
 
 def write_sheet(model: Paperland, path: Path, count: int = 8) -> None:

@@ -55,6 +55,7 @@ class UNetConfig:
             "context_dim": self.context_channels,
             "use_spatial_transformer": True,
             "use_linear_in_transformer": True,
+            "use_scale_shift_norm": True,
             "adm_in_channels": None,
             "use_temporal_attention": False,
             "legacy": False,
@@ -79,20 +80,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None =
 
 
 class ResBlock(nn.Module):
+    """Residual block whose second half is scaled and shifted by the noise level (the host's `use_scale_shift_norm`)."""
+
     def __init__(self, channels: int, embedding: int, out: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
             nn.GroupNorm(GROUPS, channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1)
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * out))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(GROUPS, out), nn.SiLU(), nn.Identity(), nn.Conv2d(out, out, 3, padding=1)
         )
         self.skip_connection = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x) + self.emb_layers(emb).to(x.dtype)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+        scale, shift = self.emb_layers(emb).to(x.dtype)[:, :, None, None].chunk(2, dim=1)
+        norm, *rest = self.out_layers
+        h = norm(self.in_layers(x)) * (1 + scale) + shift
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
 
 
 class Attention(nn.Module):
