@@ -41,7 +41,7 @@ def ddpm_inversion(
     """Invert `clean` on the levels `sigmas` with N model evaluations of each image.
 
     `x_i = clean + s_i e_i`, `w_i = (x_{i+1} - mu(x_i, denoised_i)) / up_i`; on the last step the residual
-    `x_N - mu(x_{N-1}, denoised_{N-1})` is kept apart from the unit-variance maps. (The authors zero it and reconstruct
+    `x_N - mu(x_{N-1}, denoised_{N-1})` is kept apart from the maps. (The authors zero it and reconstruct
     only roughly; see `replay`.)
 
     Args:
