@@ -23,9 +23,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from types import ModuleType
 
@@ -139,27 +136,14 @@ def make_venv(venv: Path) -> None:
     if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
         return
     if subprocess.run([python, "-m", "ensurepip", "--upgrade"], capture_output=True).returncode != 0:
-        install_pip_from_registry(python)
+        borrow_pip(python)
 
 
-def install_pip_from_registry(python: Path) -> None:
-    """pip for a Python that comes without it: its wheel runs from inside the archive."""
-    say("this Python has no ensurepip: taking pip from PyPI")
-    try:
-        registry = os.environ.get("PIP_METADATA_URL", "")
-        with urllib.request.urlopen(registry, timeout=60) as answer:
-            files = json.load(answer)["urls"]
-        wheel = next(file for file in files if file["packagetype"] == "bdist_wheel")
-        with urllib.request.urlopen(urllib.parse.urljoin(registry, wheel["url"]), timeout=60) as answer:
-            content = answer.read()
-    except (OSError, StopIteration, ValueError, KeyError) as error:
-        raise SetupError(f"pip cannot be had ({error}); on Debian: apt install python3-venv") from error
-    if hashlib.sha256(content).hexdigest() != wheel["digests"]["sha256"]:
-        raise SetupError("the pip wheel from PyPI is damaged; try again")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / wheel["filename"]
-        path.write_bytes(content)
-        subprocess.run([python, path / "pip", "install", "--no-index", path], check=True)
+def borrow_pip(python: Path) -> None:
+    """pip for an environment whose Python comes without ensurepip, by the pip of the Python that runs this."""
+    lend = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "--quiet", "pip"]
+    if subprocess.run(lend, capture_output=True).returncode != 0:
+        raise SetupError(f"{sys.executable} has neither ensurepip nor pip; on Debian: apt install python3-venv")
 
 
 def pip_install(python: Path, *arguments: str) -> None:
