@@ -174,7 +174,8 @@ def _run(task: Task, run: Callable[..., Inversion], calls_per_step: int) -> Inve
     guider.set_cfg(task.cfg)
     sampler = _InversionSampler(run)
     callback = latent_preview.prepare_callback(task.model, (len(sigmas) - 1) * calls_per_step)
-    latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
+    latent = latent.float()
+    scale, shift = _to_host(task.model, latent)
     guider.sample(
         # The samplers draw their own noise; the host wants a tensor of its shape.
         torch.zeros_like(latent),
@@ -186,22 +187,35 @@ def _run(task: Task, run: Callable[..., Inversion], calls_per_step: int) -> Inve
         seed=task.seed,
     )
     assert sampler.result is not None
-    return _finish(sampler.result, task)
+    return _finish(sampler.result, task, scale, shift)
 
 
-def _finish(inversion: Inversion, task: Task) -> Inversion:
+def _to_host(model: "ModelPatcher", latent: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C] from the model's latents to the host's: its latent formats are affine maps of each channel.
+
+    Raises:
+        ValueError: this one is not.
+    """
+    process_out = model.get_model_object("latent_format").process_out
+    one = torch.ones_like(latent[:1]).cpu()
+    shift = process_out(torch.zeros_like(one))
+    scale = process_out(one) - shift
+    if shift.shape != one.shape or not torch.allclose(process_out(-3 * one), shift - 3 * scale, rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"the latent format {type(model.get_model_object('latent_format')).__name__} is more than a scale and a "
+            "shift of each channel; models with such latents cannot be inverted"
+        )
+    return scale.flatten(2)[0, :, 0], shift.flatten(2)[0, :, 0]
+
+
+def _finish(inversion: Inversion, task: Task, scale: Tensor, shift: Tensor) -> Inversion:
     """The result with what only the host knows, off the device."""
-    latent_format = task.model.get_model_object("latent_format")
-    one = torch.ones_like(inversion.clean[:1]).cpu()
-    # Every latent format is an affine map of each channel; two points tell it.
-    shift = latent_format.process_out(torch.zeros_like(one))
-    scale = latent_format.process_out(one) - shift
     known = {
         "cfg": float(task.cfg),
         "seed": task.seed,
-        "latent_format": type(latent_format).__name__,
-        "scale": scale.flatten(2)[0, :, 0],
-        "shift": shift.flatten(2)[0, :, 0],
+        "latent_format": type(task.model.get_model_object("latent_format")).__name__,
+        "scale": scale,
+        "shift": shift,
         "model": identify(task.model),
         "positive": task.positive,
         "negative": task.negative,

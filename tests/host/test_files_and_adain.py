@@ -7,7 +7,8 @@ import pytest
 import torch
 from semantic_style.attention.adain import adain
 from semantic_style.nodes.adain import AdaIN, MapFromLabels
-from semantic_style.nodes.inversion import LoadInversion, SaveInversion
+from semantic_style.nodes.files import LoadInversion, SaveInversion
+from semantic_style.nodes.schema import schema
 from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 
 
@@ -136,3 +137,9 @@ def test_refusals_say_what_to_do():
     regions = semantic_map(torch.zeros(1, 8, 8, dtype=torch.int64), torch.zeros(1, 8, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="one for each of 3, got 2"):
         AdaIN.execute({"samples": random(3, 4, 8, 8)}, {"samples": random(2, 4, 8, 8)}, 1.0, regions)
+
+
+def test_schema_keywords_of_other_host_versions_are_left_out():
+    assert (
+        schema(node_id="SemanticStyleTest", search_aliases=["x"], from_the_future=True).node_id == "SemanticStyleTest"
+    )
