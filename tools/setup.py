@@ -204,7 +204,8 @@ def set_up(venv: Path, host: Path | None, retry_host: bool) -> None:
         say_without_host(failure)
         say("installing the pack's requirements")
         pip_install(python_of(venv), *pack_requirements())
-        write_stamp(venv, pack=pack_key(), host_failure=failure)
+        # What was installed for a ComfyUI that is out of sight now is still there.
+        write_stamp(venv, pack=pack_key(), host=stamp.get("host"), host_failure=failure)
     else:
         say(f"installing the pack's and ComfyUI's requirements (ComfyUI: {host})")
         pip_install(python_of(venv), *pack_requirements(), *host_requirements(host))

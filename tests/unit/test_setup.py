@@ -148,6 +148,15 @@ def test_a_second_call_does_nothing(setup: ModuleType, tmp_path: Path) -> None:
     assert setup.done == []
 
 
+def test_a_comfyui_that_was_away_for_a_while_needs_no_new_set_up(setup: ModuleType, tmp_path: Path) -> None:
+    host = make_host(tmp_path / "host")
+    setup.set_up(tmp_path / "venv", host, retry_host=False)
+    setup.set_up(tmp_path / "venv", None, retry_host=False)
+    setup.done.clear()
+    setup.set_up(tmp_path / "venv", host, retry_host=False)
+    assert setup.done == []
+
+
 @pytest.mark.parametrize("change", ["requirements", "another host", "broken environment"])
 def test_a_change_sets_up_again(setup: ModuleType, tmp_path: Path, change: str) -> None:
     host = make_host(tmp_path / "host")
