@@ -141,7 +141,7 @@ def make_venv(venv: Path) -> None:
 
 def borrow_pip(python: Path) -> None:
     """pip for an environment whose Python comes without ensurepip, by the pip of the Python that runs this."""
-    lend = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "--quiet", "pip"]
+    lend = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install", "pip"]
     if subprocess.run(lend, capture_output=True).returncode != 0:
         raise SetupError(f"{sys.executable} has neither ensurepip nor pip; on Debian: apt install python3-venv")
 
