@@ -36,11 +36,16 @@ class LoadPaperland(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("MODEL", tooltip="The diffusion model (v-prediction, 48 latent channels)."),
-                io.Clip.Output(
-                    "CLIP", tooltip="The caption encoder: for CLIP Text Encode or Encode Paperland Caption."
+                io.Model.Output(
+                    display_name="model", tooltip="The diffusion model (v-prediction, 48 latent channels)."
                 ),
-                io.Vae.Output("VAE", tooltip="Exact pixels to latents and back: one latent place holds 4x4 pixels."),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="The caption encoder: for CLIP Text Encode or Encode Paperland Caption.",
+                ),
+                io.Vae.Output(
+                    display_name="vae", tooltip="Exact pixels to latents and back: one latent place holds 4x4 pixels."
+                ),
             ],
         )
 
@@ -93,10 +98,11 @@ class EncodeCaption(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(
-                    "CONDITIONING", tooltip="For any sampler or inversion node that runs the Paperland model."
+                    display_name="conditioning",
+                    tooltip="For any sampler or inversion node that runs the Paperland model.",
                 ),
                 io.String.Output(
-                    "unknown", tooltip="The words that were left out because the model does not know them."
+                    display_name="unknown", tooltip="The words that were left out because the model does not know them."
                 ),
             ],
         )
@@ -147,11 +153,13 @@ class DrawScene(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("IMAGE", tooltip="The scene."),
-                LabelMap.Output("LABELS", tooltip="The region of every pixel."),
-                io.String.Output("caption", tooltip="A caption that names every region with its colours and texture."),
+                io.Image.Output(display_name="image", tooltip="The scene."),
+                LabelMap.Output(display_name="labels", tooltip="The region of every pixel."),
+                io.String.Output(
+                    display_name="caption", tooltip="A caption that names every region with its colours and texture."
+                ),
                 io.Image.Output(
-                    "label_image",
+                    display_name="label_image",
                     tooltip="The regions, one fixed colour each: to look at, or to use as a colour-coded map.",
                 ),
             ],
@@ -177,7 +185,7 @@ class EmptyLatent(io.ComfyNode):
                 io.Int.Input("height", default=scenes.SIZE, **SIDES, tooltip="Pixels; the model was trained on 128."),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures to make at once."),
             ],
-            outputs=[io.Latent.Output("LATENT", tooltip="For KSampler's latent_image, with denoise 1.")],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For KSampler's latent_image, with denoise 1.")],
         )
 
     @classmethod
