@@ -21,7 +21,7 @@ FLAGS = (
 )
 WINDOW = {"width": 1720, "height": 1000}
 READY_MILLISECONDS = 120_000
-# Settings whose defaults put a dialog over the graph.
+# Settings whose defaults put a dialog over the graph: the welcome, and a list of models to download.
 QUIET = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
 
 READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.SaveImage"
@@ -85,7 +85,7 @@ class Frontend:
 
     def messages(self) -> list[str]:
         """The texts of the toasts and dialogs that are open."""
-        return self.page.locator(".p-toast-message, .p-dialog").all_inner_texts()
+        return self.page.locator(".p-toast-message, [role=dialog]").all_inner_texts()
 
     def view(self) -> Image.Image:
         """What the user sees of the open graph."""

@@ -35,10 +35,11 @@ PICTURE_HEIGHT = 270
 LONG_TEXT = 60
 TEXT_HEIGHTS = {"CLIPTextEncode": (100, 180), "SemanticStylePaperlandEncode": (120, 220)}
 PICTURES = ("SaveImage", "PreviewImage", "LoadImage")
-# Pixels that a window of ordinary size has for the graph, and the smallest scale at which titles are written.
-VIEW = (1620, 880)
+# Pixels of an ordinary window that are left to the graph beside the frontend's bars, which newer versions lay over the
+# canvas, and the smallest scale at which titles are written.
+VIEW = (1540, 800)
+VIEW_CORNER = (76, 96)
 SMALLEST_SCALE, LARGEST_SCALE = 0.62, 1.0
-VIEW_MARGIN = 20
 
 # What the frontend offers to download where the file is missing; the same as in ComfyUI's own SD1.5 template.
 MODELS = {
@@ -114,7 +115,7 @@ def _view(groups: list[Graph]) -> dict[str, Any]:
     boxes = [group["bounding"] for group in groups]
     width, height = max(x + w for x, _, w, _ in boxes), max(y + h for _, y, _, h in boxes)
     scale = round(min(LARGEST_SCALE, max(SMALLEST_SCALE, min(VIEW[0] / width, VIEW[1] / height))), 2)
-    return {"scale": scale, "offset": [round(VIEW_MARGIN / scale)] * 2}
+    return {"scale": scale, "offset": [round(side / scale) for side in VIEW_CORNER]}
 
 
 def _note(graph: Graph, layout: Layout) -> Graph:

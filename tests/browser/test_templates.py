@@ -1,0 +1,84 @@
+"""Templates and help pages in ComfyUI's real frontend."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = ROOT / "workflows"
+NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+PACK = "semantic-style"
+HELP_MILLISECONDS = 15_000
+
+
+def get(address: str, path: str) -> tuple[str, bytes]:
+    """Content type and content."""
+    with urllib.request.urlopen(f"http://{address}{path}", timeout=30) as answer:
+        return answer.headers.get_content_type(), answer.read()
+
+
+def ui_graph(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_templates_are_listed_and_served_with_thumbnails(address: str) -> None:
+    _, listed = get(address, "/workflow_templates")
+    assert sorted(json.loads(listed)[PACK]) == NAMES
+    for name in NAMES:
+        _, graph = get(address, f"/api/workflow_templates/{PACK}/{name}.json")
+        assert json.loads(graph) == ui_graph(name)
+        kind, picture = get(address, f"/api/workflow_templates/{PACK}/{name}.jpg")
+        assert kind == "image/jpeg"
+        assert picture == (WORKFLOWS / f"{name}.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_opens_as_the_graph_of_its_api_form(frontend, name: str) -> None:
+    graph = ui_graph(name)
+    assert frontend.missing_types(graph) == []
+    frontend.load(graph)
+    assert frontend.faulty_nodes() == []
+    assert frontend.messages() == []
+    assert frontend.prompt() == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_dialog_of_templates_shows_and_opens_them(frontend) -> None:
+    page = frontend.page
+    page.get_by_role("button", name="Templates").first.click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(PACK, exact=True).first.click()
+    for name in NAMES:
+        dialog.get_by_text(name, exact=True).first.wait_for()
+    dialog.get_by_text("invert_and_reconstruct", exact=True).first.click()
+    dialog.wait_for(state="hidden")
+    page.wait_for_function("() => app.graph.nodes.some(node => node.type === 'SemanticStyleDDPMInversion')")
+    assert frontend.messages() == []
+
+
+def test_the_info_button_opens_the_nodes_help_page(frontend) -> None:
+    """The page's own heading, not the text that the frontend makes from the schema where there is no page."""
+    kind = "SemanticStyleReplay"
+    frontend.load(ui_graph("invert_and_reconstruct"))
+    frontend.select(kind)
+    frontend.page.get_by_test_id("info-button").click()
+    panel = frontend.page.locator(".node-help-content")
+    panel.get_by_role("heading", name=heading(kind), exact=True).first.wait_for(timeout=HELP_MILLISECONDS)
+
+
+def heading(kind: str) -> str:
+    source = (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8")
+    return next(line.lstrip("# ") for line in source.splitlines() if line.startswith("#"))
+
+
+def test_every_node_of_the_templates_has_a_help_page(address: str) -> None:
+    types = {node["type"] for name in NAMES for node in ui_graph(name)["nodes"]}
+    kinds = sorted(kind for kind in types if kind.startswith("SemanticStyle"))
+    assert kinds
+    for kind in kinds:
+        _, page = get(address, f"/extensions/{PACK}/docs/{kind}.md")
+        assert heading(kind) in page.decode()
