@@ -44,7 +44,7 @@ LAYOUTS = {
     "adain_regions": Layout(
         title="Restyle per region with AdaIN",
         note="Both scenes are inverted (DDIM). At the same step the content's noise takes the statistics of the "
-        "style's, region by region, and is replayed; below, the whole picture at once for comparison.\n\n"
+        "style's, region by region, and is replayed. **Restyled as a whole** is the same without regions.\n\n"
         "Turn **Noisy steps to skip**: fewer let the model repaint more, more keep the content.",
         groups={
             "Scenes": [[1, 2, 3], [4, 5, 6]],
