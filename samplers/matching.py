@@ -1,0 +1,114 @@
+"""Semantic matches between the image being made and the reference (Semantix, He et al., ICLR 2025).
+
+`m(i) = argmax_j cos(p_out[i], p_ref[j])`, `p = normalise(f + lambda_pe * PE)`, f of unit length. Without gradient: the
+position code only steers the match.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..attention.regions import SemanticMap
+from .energies import check_features, unit
+from .position import DEFAULT_PERIODS, position_code
+
+CHUNK_BYTES = 64 * 2**20
+# Cosines that differ by less are equal: how a product of this size is rounded depends on how it is cut into chunks.
+# In units of the dtype's precision.
+TIE = 16
+
+
+@torch.no_grad()
+def find_matches(
+    out: Tensor,
+    reference: Tensor,
+    position_weight: float,
+    regions: SemanticMap | None = None,
+    periods: tuple[float, ...] = DEFAULT_PERIODS,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """The place of the reference that is most like each place of out.
+
+    Never builds the places x places matrix of a large image; of several places that are equally alike the first wins,
+    so the result does not depend on the chunks.
+
+    Args:
+        out: [B, C, h, w] features of the image that is being made.
+        reference: [B or 1, C, h', w'], another resolution or aspect ratio is fine.
+        position_weight: `lambda_pe`, 0 for none.
+        regions: a place is matched within its own region; where the reference lacks it, with all places. Content maps
+            belong to out, style maps to the reference, one for all images or one for each, at any resolution.
+        periods: wavelengths of the position code in image sides.
+        chunk_bytes: bound of the largest temporary, as far as one row of cosines fits it.
+    Returns:
+        [B, h*w] int64, row-major indices into the h'*w' places.
+    Raises:
+        ValueError: shapes or numbers of maps that do not fit, a weight that is negative or not finite, a chunk below 1.
+    """
+    check_features(out, reference, "reference")
+    if not (math.isfinite(position_weight) and position_weight >= 0):
+        raise ValueError(f"the position weight must be a number from 0 on, got {position_weight}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
+    p_out, p_ref = (_placed(f, position_weight, periods) for f in (out, reference))
+    p_ref = p_ref.to(p_out)
+    if regions is not None:
+        return _match_by_region(p_out, p_ref, _on_grids(regions, out, reference), chunk_bytes)
+    if len(p_ref) == 1:
+        return _nearest(p_out.flatten(0, 1), p_ref[0], chunk_bytes).unflatten(0, p_out.shape[:2])
+    return torch.stack([_nearest(queries, keys, chunk_bytes) for queries, keys in zip(p_out, p_ref, strict=True)])
+
+
+def _placed(f: Tensor, position_weight: float, periods: tuple[float, ...]) -> Tensor:
+    """`p = normalise(f + lambda_pe * PE)` of unit features, [B, C, h, w] -> [B, places, C]."""
+    f = unit(f)
+    if position_weight > 0:
+        code = position_code(f.shape[1], (f.shape[2], f.shape[3]), periods, f.device, f.dtype)
+        f = unit(f + position_weight * code)
+    return rearrange(f, "b c h w -> b (h w) c")
+
+
+def _nearest(queries: Tensor, keys: Tensor, chunk_bytes: int) -> Tensor:
+    """Index of the key [M, C] of highest cosine for every query [N, C] -> [N]; a tie goes to the lowest index."""
+    # A row of cosines and one of flags.
+    rows = max(1, chunk_bytes // (len(keys) * (queries.element_size() + 1)))
+    tolerance = TIE * torch.finfo(queries.dtype).eps
+    found = []
+    for chunk in queries.split(rows):
+        cosines = chunk @ keys.T
+        best = cosines.amax(dim=1, keepdim=True)
+        found.append((cosines >= best - tolerance).view(torch.uint8).argmax(dim=1))
+    return torch.cat(found)
+
+
+def _match_by_region(p_out: Tensor, p_ref: Tensor, regions: SemanticMap, chunk_bytes: int) -> Tensor:
+    matches = torch.empty(p_out.shape[:2], dtype=torch.int64, device=p_out.device)
+    for b, queries in enumerate(p_out):
+        keys = p_ref[min(b, len(p_ref) - 1)]
+        here = _places_by_region(regions.content[min(b, len(regions.content) - 1)])
+        there = _places_by_region(regions.style[min(b, len(regions.style) - 1)])
+        for region, places in here.items():
+            if (targets := there.get(region)) is None:
+                matches[b, places] = _nearest(queries[places], keys, chunk_bytes)
+            else:
+                matches[b, places] = targets[_nearest(queries[places], keys[targets], chunk_bytes)]
+    return matches
+
+
+def _places_by_region(labels: Tensor) -> dict[int, Tensor]:
+    """Row-major indices, rising, of the places of each region of a map [h, w]."""
+    found, order = labels.flatten().sort(stable=True)
+    regions, counts = torch.unique_consecutive(found, return_counts=True)
+    return dict(zip(regions.tolist(), order.split(counts.tolist()), strict=True))
+
+
+def _on_grids(regions: SemanticMap, out: Tensor, reference: Tensor) -> SemanticMap:
+    for maps, which in ((regions.content, "content"), (regions.style, "style")):
+        if len(maps) not in (1, len(out)):
+            raise ValueError(
+                f"the semantic map has {len(maps)} {which} maps for {len(out)} images: give one for all or one for each"
+            )
+    grids = [(f.shape[2], f.shape[3]) for f in (out, reference)]
+    return regions.at(grids[0], grids[1]).to(out.device)
