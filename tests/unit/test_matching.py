@@ -6,7 +6,7 @@ import pytest
 import torch
 from semantic_style.attention.regions import SemanticMap
 from semantic_style.samplers.matching import find_matches
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 PERIODS = (2.0, 0.5)
 
@@ -107,16 +107,16 @@ def test_chunks_of_any_size_give_the_same(with_regions, dtype):
         )
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchFunctionMode):
     """Bytes of the largest tensor that any operation made."""
 
     def __init__(self):
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return result
