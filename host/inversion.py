@@ -23,6 +23,7 @@ from ..samplers.ddpm_inversion import ddpm_inversion
 from ..samplers.inversion import Inversion
 from .batching import fits, levels_per_call
 from .models import check_channels, check_invertible, identify
+from .windows import set_window_step
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -51,15 +52,21 @@ class Task:
 
 
 class HostModel:
-    """A guider as the samplers see a model; ends the run before the next call when the user cancels it."""
+    """A guider as the samplers see a model; ends the run before the next call when the user cancels it.
 
-    def __init__(self, guider: Any) -> None:
+    Attributes:
+        guider: the host's. sigmas: [N+1] levels of the schedule that the calls belong to.
+    """
+
+    def __init__(self, guider: Any, sigmas: Tensor) -> None:
         self.guider = guider
+        self.sigmas = sigmas
         inner = guider.inner_model
         self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        set_window_step(extra_args.get("model_options", {}), self.sigmas, sigma)
         return self.guider(x, sigma, **extra_args)
 
 
@@ -160,7 +167,7 @@ class _InversionSampler(comfy.samplers.Sampler):
             callback(state["i"], state["denoised"], state["x"], state["total"])
 
         with bar:
-            self.result = self.run(HostModel(model_wrap), latent_image, sigmas, extra_args, report)
+            self.result = self.run(HostModel(model_wrap, sigmas), latent_image, sigmas, extra_args, report)
         return latent_image
 
 

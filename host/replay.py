@@ -82,7 +82,9 @@ class ReplaySampler(comfy.samplers.Sampler):
         resident = fits(x, (1 if mask is None else 2) * total)
         settings: dict[str, Any] = {"inversion": inversion, "exact": self.exact, "mask": mask, "resident": resident}
         with bar:
-            return replay(HostModel(model_wrap), x, sigmas, extra_args, report, disable_pbar, **settings)
+            return replay(
+                HostModel(model_wrap, inversion.sigmas), x, sigmas, extra_args, report, disable_pbar, **settings
+            )
 
     def _check_start(self, start: int) -> None:
         if start != self.skip:

@@ -1,0 +1,35 @@
+"""Context windows: clips longer than a motion model is good for are sampled some frames at a time.
+
+AnimateDiff-Evolved cuts the batch into windows below the guider, ComfyUI's own context windows do it above the model
+call. Either says in `transformer_options` which frames the running call holds.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+
+def frames_of_call(transformer_options: dict[str, Any]) -> tuple[int, ...] | None:
+    """The frames of a clip that a model call holds, in the order of each of its blocks of rows; None for all of them.
+
+    They may leave frames out and wrap around the clip's end.
+    """
+    frames = (transformer_options.get("ad_params") or {}).get("sub_idxs")
+    if frames is None:
+        frames = getattr(transformer_options.get("context_window"), "index_list", None)
+    return None if frames is None else tuple(frames)
+
+
+def set_window_step(model_options: dict[str, Any], sigmas: Tensor, sigma: Tensor) -> None:
+    """Let windows that move from step to step be those of the step that belongs to a noise level.
+
+    AnimateDiff-Evolved counts the sampler's steps itself, from 0: without this a replay that leaves out noisy steps,
+    and an inversion that goes up the schedule, would see other windows than the inversion or replay it belongs to.
+
+    Args:
+        model_options: of the coming call.
+        sigmas: [N+1] levels of the whole schedule. sigma: [B] of the call, all the same.
+    """
+    state = model_options.get("transformer_options", {}).get("ADGS")
+    if state is not None:
+        state.current_step = int((sigmas.cpu() - sigma[0].cpu()).abs().argmin())
