@@ -70,6 +70,8 @@ class RegionOrder:
         return self.regions.style[0].numel()
 
 
+# Hosts run nodes in inference mode, and indices that were made in it could not be saved for a backward pass.
+@torch.inference_mode(False)
 def order_by_region(regions: SemanticMap, min_places: int = MIN_PLACES) -> RegionOrder:
     """Sort the places of both grids by region.
 

@@ -104,6 +104,14 @@ def test_gradients_of_the_sparse_part_go_to_the_values():
     assert k.grad is None
 
 
+def test_an_order_made_in_inference_mode_serves_gradients():
+    with torch.inference_mode():
+        order = small()[0]
+    q, k, v = (x.requires_grad_() for x in small()[1:])
+    (continuous_attention(q, k, v, order) + sparse_attention(q, k, v, order)).sum().backward()
+    assert v.grad.abs().sum() > 0
+
+
 def test_the_first_of_equal_places_is_chosen_whatever_the_chunks():
     regions = SemanticMap(labels(1, 6, 6, regions=4), labels(1, 6, 6, regions=3, seed=1))
     order = order_by_region(regions)
