@@ -7,10 +7,10 @@ regions and regions of one place are well defined.
 """
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor
 
-from .regions import check_labels
+from .regions import SemanticMap, check_labels
 
 EPS = 1e-5
 # A standard deviation of fewer places says nothing about a style; such regions take the statistics of the whole style.
@@ -84,6 +84,41 @@ def region_adain(
         stat.expand(b, -1, -1) @ inside_c for stat in (mean_c, var_c, mean_s, var_s)
     )
     return _blend(content, _restyle(c, own_mean, own_var, new_mean, new_var, eps), strength)
+
+
+def adain_latents(content: Tensor, style: Tensor, regions: SemanticMap | None = None, strength: float = 1.0) -> Tensor:
+    """AdaIN of images or video, region by region where a semantic map is given.
+
+    Args:
+        content: [B, C, H, W] or [B, C, T, H, W].
+        style: the same, another size is fine; one for all or one for each image or frame.
+        regions: maps at any resolution. Every frame has its own, or all share one.
+        strength: as in `adain`.
+    Returns:
+        The content's shape and dtype.
+    Raises:
+        ValueError: shapes that do not fit, or a strength outside 0..1.
+    """
+    style = style.to(content.device)
+    if regions is None:
+        return adain(content, style, strength=strength)
+    frames, theirs = _frames(content), _frames(style)
+    if len(theirs) not in (1, len(frames)):
+        raise ValueError(f"AdaIN per region needs one style frame or one for each of {len(frames)}, got {len(theirs)}")
+    at = regions.at(tuple(content.shape[-2:]), tuple(style.shape[-2:]))
+    out = region_adain(frames, theirs, _per_frame(at.content, content), _per_frame(at.style, style), strength=strength)
+    return out if content.ndim == 4 else rearrange(out, "(b t) c h w -> b c t h w", b=len(content))
+
+
+def _frames(latent: Tensor) -> Tensor:
+    return latent if latent.ndim == 4 else rearrange(latent, "b c t h w -> (b t) c h w")
+
+
+def _per_frame(labels: Tensor, latent: Tensor) -> Tensor:
+    """One map per video serves all its frames."""
+    if latent.ndim == 5 and 1 < len(labels) == len(latent):
+        return repeat(labels, "b h w -> (b t) h w", t=latent.shape[2])
+    return labels
 
 
 def _flat(x: Tensor) -> Tensor:

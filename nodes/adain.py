@@ -2,9 +2,8 @@
 
 import torch
 from comfy_api.latest import io
-from einops import rearrange, repeat
 
-from ..attention.adain import adain, region_adain
+from ..attention.adain import adain_latents
 from ..attention.regions import SemanticMap
 from .schema import schema
 from .types import LabelMap
@@ -50,7 +49,7 @@ class AdaIN(io.ComfyNode):
 
     @classmethod
     def execute(cls, content, style, strength: float, semantic_map: SemanticMap | None = None) -> io.NodeOutput:
-        restyled = _adain(content["samples"], style["samples"], strength, semantic_map)
+        restyled = adain_latents(content["samples"], style["samples"], semantic_map, strength)
         return io.NodeOutput({**content, "samples": restyled})
 
 
@@ -72,30 +71,6 @@ class MapFromLabels(io.ComfyNode):
     @classmethod
     def execute(cls, content: torch.Tensor, style: torch.Tensor) -> io.NodeOutput:
         return io.NodeOutput(SemanticMap(content, style))
-
-
-def _adain(content: torch.Tensor, style: torch.Tensor, strength: float, regions: SemanticMap | None) -> torch.Tensor:
-    """AdaIN of latents [B, C, H, W] or [B, C, T, H, W]. With regions every frame has its own map, or all share one."""
-    style = style.to(content.device)
-    if regions is None:
-        return adain(content, style, strength=strength)
-    frames, theirs = _frames(content), _frames(style)
-    if len(theirs) not in (1, len(frames)):
-        raise ValueError(f"AdaIN per region needs one style frame or one for each of {len(frames)}, got {len(theirs)}")
-    at = regions.at(tuple(content.shape[-2:]), tuple(style.shape[-2:]))
-    out = region_adain(frames, theirs, _per_frame(at.content, content), _per_frame(at.style, style), strength=strength)
-    return out if content.ndim == 4 else rearrange(out, "(b t) c h w -> b c t h w", b=len(content))
-
-
-def _frames(latent: torch.Tensor) -> torch.Tensor:
-    return latent if latent.ndim == 4 else rearrange(latent, "b c t h w -> (b t) c h w")
-
-
-def _per_frame(labels: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    """One map per video serves all its frames."""
-    if latent.ndim == 5 and 1 < len(labels) == len(latent):
-        return repeat(labels, "b h w -> (b t) h w", t=latent.shape[2])
-    return labels
 
 
 NODES: list[type[io.ComfyNode]] = [AdaIN, MapFromLabels]

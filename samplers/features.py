@@ -1,16 +1,27 @@
-"""Decoder features of a UNet that follows the hook protocol (Semantix, He et al., ICLR 2025, section on feature
-guidance).
+"""Decoder features and cross-attention maps of a UNet that follows the hook protocol (Semantix, He et al., ICLR 2025,
+section on feature guidance).
 
 The features are what comes out of the last two upsampling layers, before the skip is concatenated. Stages are found
-by structure, not
-by block numbers: SD1.x gives blocks 6 and 9, SDXL 3 and 6.
+by structure, not by block numbers: SD1.x gives blocks 6 and 9, SDXL 3 and 6. The cross-attention maps of a stage are
+those of the blocks that lead to it.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
+import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 STAGES = 2
+# In a call's options: the forward is a gradient checkpoint's second one, what hooks record is known already.
+RECOMPUTE = "semantic_style_recompute"
+
+Options: TypeAlias = dict[str, Any]
+# `attend(q, k, v, heads, attn_precision=..., transformer_options=...)`, q [R, N, heads*d], k and v [R, M, heads*d].
+Attend: TypeAlias = Callable[..., Tensor]
+Layer: TypeAlias = tuple[str, int, int]
 
 
 def feature_blocks(unet: nn.Module) -> tuple[int, ...]:
@@ -19,38 +30,173 @@ def feature_blocks(unet: nn.Module) -> tuple[int, ...]:
     Raises:
         ValueError: the network has no numbered decoder blocks or too few upsampling layers.
     """
+    fed = _fed_blocks(unet)
+    if len(fed) < STAGES:
+        raise ValueError(f"{type(unet).__name__} has {len(fed)} upsampling layers in its decoder, {STAGES} are needed")
+    return tuple(fed[-STAGES:])
+
+
+def cross_attention_layers(unet: nn.Module) -> tuple[tuple[Layer, ...], ...]:
+    """For each feature stage the cross-attention layers ("output", block, index) of the blocks that lead to it: from
+    the upsampling layer before it (or the first decoder block) up to its own.
+
+    Raises:
+        ValueError: as `feature_blocks`.
+    """
+    stages = feature_blocks(unet)
+    fed = [0, *_fed_blocks(unet)]
+    return tuple(
+        tuple(
+            ("output", i, j)
+            for i in range(max(b for b in fed if b < stage), stage)
+            for layer in unet.output_blocks[i]
+            for j in range(len(getattr(layer, "transformer_blocks", ())))
+        )
+        for stage in stages
+    )
+
+
+def _fed_blocks(unet: nn.Module) -> list[int]:
     blocks = getattr(unet, "output_blocks", None)
     if blocks is None:
         raise ValueError(
             f"{type(unet).__name__} has no decoder blocks (`output_blocks`): "
             "a UNet such as SD1.x, SD2.x or SDXL is needed"
         )
-    fed = [i + 1 for i, block in enumerate(blocks) if any(type(layer).__name__ == "Upsample" for layer in block)]
-    if len(fed) < STAGES:
-        raise ValueError(f"{type(unet).__name__} has {len(fed)} upsampling layers in its decoder, {STAGES} are needed")
-    return tuple(fed[-STAGES:])
+    return [i + 1 for i, block in enumerate(blocks) if any(type(layer).__name__ == "Upsample" for layer in block)]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the energies see of R pictures at one noise level, for each feature stage, coarse to fine.
+
+    Attributes:
+        stages: [R, C, h, w], what comes out of the upsampling layer, in the network's dtype.
+        maps: [R, P, T], cross-attention from places (row-major on their layers' grid, which is coarser than the
+            feature's) to tokens, the mean over heads and over the stage's layers, in float32; empty where they were not
+            asked for or a stage has no such layers.
+    """
+
+    stages: tuple[Tensor, ...]
+    maps: tuple[Tensor, ...] = ()
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        """The same with every tensor changed."""
+        return replace(self, stages=tuple(map(change, self.stages)), maps=tuple(map(change, self.maps)))
+
+    def rows(self, index: Sequence[int] | slice) -> "Features":
+        """The pictures of these rows."""
+        chosen = index if isinstance(index, slice) else list(index)
+        return self.each(lambda t: t[chosen])
+
+    @property
+    def count(self) -> int:
+        return len(self.stages[0])
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.stages, *self.maps))
+
+
+@dataclass
+class _Call:
+    """One forward call that a tap saw; `chunks` conditions are stacked in its batch, one after another."""
+
+    chunks: int
+    stages: dict[int, Tensor]
+    maps: dict[Layer, Tensor]
 
 
 class FeatureTap:
-    """Collects decoder features of one forward call: `features[block]` is [B, C, h, w] after it.
+    """Collects decoder features, and with `layers` cross-attention maps, of the forward calls made with its `options`.
 
-    One tap serves one call after another (each overwrites the last); the tensors are the network's own, with their
-    graph if it has one.
+    The tensors are the network's own, with their graph if it has one. Nothing after the last stage needs it: with
+    `cut` what flows on from there is detached, so that the rest of the network keeps no gradient memory.
+
+    Args:
+        blocks: of `feature_blocks`.
+        layers: of `cross_attention_layers`; None reads no maps.
+        attend: the network's own attention function, for layers that nothing replaces; needed with `layers`.
+        cut: detach after the last stage.
     """
 
-    def __init__(self, blocks: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        layers: tuple[tuple[Layer, ...], ...] | None = None,
+        attend: Attend | None = None,
+        *,
+        cut: bool = False,
+    ) -> None:
         self.blocks = blocks
-        self.features: dict[int, Tensor] = {}
+        self.layers = layers or ()
+        self.attend = attend
+        self.cut = cut
+        self.calls: list[_Call] = []
 
-    def __call__(self, h: Tensor, skip: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def __call__(self, h: Tensor, skip: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """The `output_block_patch` of the hook protocol."""
-        if (index := options["block"][1]) in self.blocks:
-            self.features[index] = h
+        index = options["block"][1]
+        if index == 0 and not options.get(RECOMPUTE):
+            self.calls.append(_Call(len(options.get("cond_or_uncond", ())) or 1, {}, {}))
+        if index in self.blocks and not options.get(RECOMPUTE):
+            self.calls[-1].stages[index] = h
+        if self.cut and index >= self.blocks[-1]:
+            return h.detach(), skip.detach()
         return h, skip
 
-    def options(self, base: dict[str, Any] | None = None) -> dict[str, Any]:
-        """`transformer_options` with this tap added; `base` is left as it is."""
+    def options(self, base: Options | None = None) -> Options:
+        """`transformer_options` with this tap added, before other patches of the same place; `base` is left as it
+        is.
+        """
         options = dict(base or {})
         patches = {k: list(v) for k, v in options.get("patches", {}).items()}
-        patches.setdefault("output_block_patch", []).append(self)
-        return {**options, "patches": patches}
+        patches["output_block_patch"] = [self, *patches.get("output_block_patch", [])]
+        options["patches"] = patches
+        if self.layers:
+            replaced = {k: dict(v) for k, v in options.get("patches_replace", {}).items()}
+            table = replaced.setdefault("attn2", {})
+            found = dict(table)
+            for layer in (layer for stage in self.layers for layer in stage):
+                table[layer] = self._recording(layer, found.get(layer, found.get(layer[:2])))
+            options["patches_replace"] = replaced
+        return options
+
+    def _recording(self, layer: Layer, replaced: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+        """An attention that records its map and then does what was there before."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, extra: Options) -> Tensor:
+            if not extra.get(RECOMPUTE) and self.calls:
+                self.calls[-1].maps[layer] = attention_map(q, k, extra["n_heads"])
+            if replaced is not None:
+                return replaced(q, k, v, extra)
+            assert self.attend is not None
+            precision = extra.get("attn_precision")
+            return self.attend(q, k, v, extra["n_heads"], attn_precision=precision, transformer_options=extra)
+
+        return attend
+
+    @property
+    def features(self) -> dict[int, Tensor]:
+        """By block, of the last call."""
+        return self.calls[-1].stages
+
+    def read(self) -> list[Features]:
+        """What was seen since the last time, one entry per condition that was stacked in each call."""
+        seen = []
+        for call in self.calls:
+            whole = Features(
+                tuple(call.stages[b] for b in self.blocks),
+                tuple(torch.stack([call.maps[layer] for layer in stage]).mean(dim=0) for stage in self.layers if stage),
+            )
+            size = whole.count // call.chunks
+            seen += [whole.rows(slice(i * size, (i + 1) * size)) for i in range(call.chunks)]
+        self.calls.clear()
+        return seen
+
+
+def attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    """Head-averaged attention [R, N, M] of q [R, N, heads*d] over k [R, M, heads*d], in float32."""
+    q, k = (rearrange(t.float(), "r n (heads d) -> r heads n d", heads=heads) for t in (q, k))
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return reduce(weights, "r heads n m -> r n m", "mean")

@@ -16,6 +16,9 @@ from .steps import Callback, Model, ancestral_noise, call_model, noise_predictio
 # What is kept of the replay, 1 the new picture, 0 the inverted one: a tensor that broadcasts to [B, C, *S], or a
 # function of the level that gives one.
 Mask: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+# Changes the latent after a step: `change(x, step, sigma)`, x [B, C, *S] at the level `sigma` that the inversion's step
+# `step` (counted from its noisiest level) went to.
+Change: TypeAlias = Callable[[Tensor, int, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -30,6 +33,7 @@ def replay(
     inversion: Inversion,
     exact: bool = True,
     mask: Mask | None = None,
+    after_step: Change | None = None,
     resident: bool = True,
 ) -> Tensor:
     """Sample along an inversion, from `x` as given.
@@ -48,6 +52,7 @@ def replay(
         exact: add the residual on the last step. The authors leave it out, and reconstruct only roughly.
         mask: where it is 0 the inversion's own trajectory is kept at every level, so that the clean latent comes out
             there.
+        after_step: called after every step but the inversion's last; what it returns goes on (see `StepAdaIN`).
         resident: move all that is needed of the inversion to x's device once, before the first step; False copies step
             by step, for inversions that do not fit there.
     Returns:
@@ -67,15 +72,9 @@ def replay(
         denoised = call_model(model, x, levels[i].expand(len(x)), i, args)
         if callback is not None:
             callback({"i": i - start, "total": stop - start, "x": x, "sigma": levels[i], "denoised": denoised})
-        if inversion.kind == "ddim":
-            x = x + (levels[i + 1] - levels[i]) * noise_prediction(x, denoised, levels[i])
-            continue
-        x = posterior_mean(x, denoised, levels[i], levels[i + 1])
-        if i < inversion.steps - 1:
-            _, up = ancestral_noise(levels[i], levels[i + 1])
-            x = x + up * part.noise_map(i, x)
-        elif exact and inversion.residual is not None:
-            x = x + inversion.residual.to(x)
+        x = part.step(x, denoised, i, levels[i], levels[i + 1], exact)
+        if after_step is not None and i < inversion.steps - 1:
+            x = after_step(x, i, levels[i + 1])
     return part.keep(x, stop, levels[max(stop - 1, 0)])
 
 
@@ -85,6 +84,7 @@ class _Part:
     def __init__(
         self, inversion: Inversion, start: int, stop: int, like: Tensor, mask: Mask | None, resident: bool
     ) -> None:
+        self.inversion = inversion
         self.start = start
         self.mask = mask
         self.maps = None if inversion.noise_maps is None else inversion.noise_maps[start:stop]
@@ -93,9 +93,17 @@ class _Part:
             self.maps = None if self.maps is None else self.maps.to(like)
             self.trajectory = None if self.trajectory is None else self.trajectory.to(like)
 
-    def noise_map(self, step: int, like: Tensor) -> Tensor:
-        assert self.maps is not None
-        return self.maps[step - self.start].to(like)
+    def step(self, x: Tensor, denoised: Tensor, step: int, sigma: Tensor, sigma_next: Tensor, exact: bool) -> Tensor:
+        if self.inversion.kind == "ddim":
+            return x + (sigma_next - sigma) * noise_prediction(x, denoised, sigma)
+        x = posterior_mean(x, denoised, sigma, sigma_next)
+        if step < self.inversion.steps - 1:
+            assert self.maps is not None
+            _, up = ancestral_noise(sigma, sigma_next)
+            x = x + up * self.maps[step - self.start].to(x)
+        elif exact and self.inversion.residual is not None:
+            x = x + self.inversion.residual.to(x)
+        return x
 
     def keep(self, x: Tensor, step: int, sigma: Tensor) -> Tensor:
         """x with the inversion's own latent of that step where the mask is 0."""

@@ -1,0 +1,55 @@
+"""AdaIN along a replay (Semantix, He et al., ICLR 2025: from step 20 of 60 on, after every step but the last).
+
+After a step the latent's channel means and standard deviations become those of the reference at the same noise level.
+Per region where a semantic map is given (S-AdaIN, Shang et al., CVPR 2025).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..attention.adain import adain_latents
+from ..attention.regions import SemanticMap
+from .inversion import Inversion
+
+PUBLISHED_START = 1 / 3
+
+
+@dataclass(frozen=True, eq=False)
+class StepAdaIN:
+    """The `after_step` of a replay.
+
+    Attributes:
+        reference: whose statistics; one image, or one for each that is replayed. Its schedule may differ.
+        steps: of the replayed inversion.
+        start: part 0..1 of those steps before the first AdaIN; 1 switches it off.
+        regions: content and style maps, or None for the whole picture.
+        strength: 0..1 of the effect.
+    Raises:
+        ValueError: start or strength outside 0..1.
+    """
+
+    reference: Inversion
+    steps: int
+    start: float = PUBLISHED_START
+    regions: SemanticMap | None = None
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("start", self.start), ("strength", self.strength)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"AdaIN's {name} must lie between 0 and 1, got {value}")
+
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless latents of `shape` [B, C, *S] can take this reference's statistics."""
+        theirs = self.reference.clean.shape
+        if theirs[1] != shape[1] or theirs[0] not in (1, shape[0]):
+            raise ValueError(
+                f"AdaIN's reference holds a latent {list(theirs)} (batch, channels, size), the one being made is "
+                f"{list(shape)}: it needs as many channels, and one picture or as many as are being made"
+            )
+
+    def __call__(self, x: Tensor, step: int, sigma: Tensor) -> Tensor:
+        if step < round(self.start * self.steps):
+            return x
+        return adain_latents(x, self.reference.at(sigma).to(x), self.regions, self.strength)
