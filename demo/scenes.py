@@ -220,8 +220,10 @@ def _shapes(layouts: Layouts, size: tuple[int, int]) -> list[tuple[int, Tensor]]
     return shapes
 
 
-def _mix(styles: Styles, region: int, mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """How much of the second colour a region shows at each place, [B, H, W] in 0..1."""
+def _mix(styles: Styles, region: int, mask: Tensor, size: tuple[int, int], shift: Tensor | None) -> Tensor:
+    """How much of the second colour a region shows at each place, [B, H, W] in 0..1. A shaded texture spans the mask;
+    all are moved by the shift [B, 2] (x, y), which is none for no tensor.
+    """
     x, y = _grid(size, mask.device)
     angle, period, phase = (_column(t, region) for t in (styles.angle, styles.period, styles.phase))
     texture = _column(styles.texture, region)
@@ -229,6 +231,10 @@ def _mix(styles: Styles, region: int, mask: Tensor, size: tuple[int, int]) -> Te
 
     low = torch.where(mask, along, math.inf).amin(dim=(1, 2), keepdim=True)
     high = torch.where(mask, along, -math.inf).amax(dim=(1, 2), keepdim=True)
+    if shift is not None:
+        right, down = _column(shift, 0), _column(shift, 1)
+        along = along - (right * angle.cos() + down * angle.sin())
+        across = across - (down * angle.cos() - right * angle.sin())
     shaded = ((along - low) / (high - low).clamp_min(1e-3)).nan_to_num(0, 0, 0).clamp(0, 1)
 
     edge = period * size[0] / math.pi  # pixels from the middle of a stripe's edge to full colour, as sin is steep there
@@ -241,12 +247,22 @@ def _mix(styles: Styles, region: int, mask: Tensor, size: tuple[int, int]) -> Te
     return torch.where(texture == SHADED, shaded, torch.where(texture == DOTTED, dotted, striped))
 
 
-def draw(layouts: Layouts, styles: Styles, size: tuple[int, int] = (SIZE, SIZE)) -> Scenes:
+def draw(
+    layouts: Layouts,
+    styles: Styles,
+    size: tuple[int, int] = (SIZE, SIZE),
+    *,
+    shifts: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> Scenes:
     """Paint scenes.
 
     Args:
         layouts, styles: of the same batch size and device.
         size: (height, width) in pixels.
+        shifts: [B, regions, 2], how far each region's texture is moved to the right and down; None: not at all.
+        spans: [B, H, W] labels, over whose regions a shaded texture goes from one colour to the other; None: those of
+            what is drawn.
 
     Returns:
         `Scenes` on the layouts' device. Edges are antialiased; the label of a pixel is that of the shape that covers
@@ -259,8 +275,11 @@ def draw(layouts: Layouts, styles: Styles, size: tuple[int, int] = (SIZE, SIZE))
     for region, coverage in shapes:
         labels = torch.where(coverage > 0.5, region, labels)
 
+    spans = labels if spans is None else spans
+
     def paint(region: int) -> Tensor:
-        mix = _mix(styles, region, labels == region, size)[..., None]
+        shift = None if shifts is None else shifts[:, region]
+        mix = _mix(styles, region, spans == region, size, shift)[..., None]
         return torch.lerp(styles.color_a[:, region, None, None], styles.color_b[:, region, None, None], mix)
 
     paints = {region: paint(region) for region in range(len(REGIONS))}
