@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo import model as paperland
-from ..demo import scenes, text
+from ..demo import motion, scenes, text
 from ..host.small_model import DTYPES, PixelVAE, text_clip, unet_model
 from .schema import schema
 from .types import LabelMap
@@ -171,6 +171,83 @@ class DrawScene(io.ComfyNode):
         return io.NodeOutput(drawn.images, drawn.labels, drawn.captions[0], scenes.label_image(drawn.labels))
 
 
+class DrawClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStylePaperlandClip",
+            display_name="Draw Moving Paperland Scene (Semantic Style)",
+            category=CATEGORY,
+            description="Draws a short video of a paper-cut landscape with exact region labels: the sun crosses the "
+            "sky, clouds drift, water flows, all else stands still. The first frame is what Draw Paperland Scene "
+            "draws with the same seeds.",
+            inputs=[
+                io.Int.Input(
+                    "layout_seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    tooltip="What stands where: another number, another landscape.",
+                ),
+                io.Int.Input(
+                    "style_seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    tooltip="Colours and textures of the regions. A shaded sky has no clouds and shaded water is calm: "
+                    "take another number where more should move.",
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=16,
+                    min=1,
+                    max=256,
+                    tooltip="How many pictures. More frames go on from where fewer end.",
+                ),
+                io.Float.Input(
+                    "speed",
+                    default=1.0,
+                    min=0.0,
+                    max=8.0,
+                    step=0.1,
+                    tooltip="How fast things move: at 1 the sun takes 50 frames for one picture height. 0 is a still.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=scenes.SIZE,
+                    **SIDES,
+                    tooltip="Pixels. More width shows more of the landscape. The demo model was trained on 128x128.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=scenes.SIZE,
+                    **SIDES,
+                    tooltip="Pixels. More height draws the same landscape larger.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The frames, as a batch of images."),
+                LabelMap.Output(display_name="labels", tooltip="The region of every pixel in every frame."),
+                io.String.Output(
+                    display_name="caption",
+                    tooltip="A caption that names every region seen in any frame, with its colours and texture.",
+                ),
+                io.Image.Output(
+                    display_name="label_images",
+                    tooltip="The regions of every frame, one fixed colour each: to look at, or to use as colour-coded "
+                    "maps.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, layout_seed: int, style_seed: int, frames: int, speed: float, width: int, height: int
+    ) -> io.NodeOutput:
+        drawn = motion.clip(layout_seed, style_seed, frames, (height, width), speed)
+        return io.NodeOutput(drawn.images, drawn.labels, drawn.caption, scenes.label_image(drawn.labels))
+
+
 class EmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -194,4 +271,4 @@ class EmptyLatent(io.ComfyNode):
         return io.NodeOutput({"samples": torch.zeros(shape, device=comfy.model_management.intermediate_device())})
 
 
-NODES = [LoadPaperland, EncodeCaption, DrawScene, EmptyLatent]
+NODES = [LoadPaperland, EncodeCaption, DrawScene, DrawClip, EmptyLatent]

@@ -21,6 +21,7 @@ NODE_IDS = {
     "SemanticStyleInversionLatent",
     "SemanticStyleLoadInversion",
     "SemanticStyleMapFromLabels",
+    "SemanticStylePaperlandClip",
     "SemanticStylePaperlandEncode",
     "SemanticStylePaperlandLatent",
     "SemanticStylePaperlandModel",

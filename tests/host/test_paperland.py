@@ -5,7 +5,7 @@ import pytest
 import torch
 from semantic_style.demo import model as paperland
 from semantic_style.demo import scenes
-from semantic_style.nodes.paperland import DrawScene, EmptyLatent, EncodeCaption, LoadPaperland
+from semantic_style.nodes.paperland import DrawClip, DrawScene, EmptyLatent, EncodeCaption, LoadPaperland
 
 CAPTION = "blue and blue shaded sky, orange and orange shaded hill"
 
@@ -230,3 +230,23 @@ def test_scene_node_outputs():
     assert labels.shape == (1, 128, 160)
     assert not labels.is_floating_point()
     assert "sky" in caption
+
+
+def test_clip_node_outputs():
+    images, labels, caption, label_images = DrawClip.execute(3, 4, 5, 1.0, 160, 128).result
+    still = DrawScene.execute(3, 4, 160, 128).result
+    assert images.shape == label_images.shape == (5, 128, 160, 3)
+    assert labels.shape == (5, 128, 160)
+    assert torch.equal(images[:1], still[0])
+    assert torch.equal(label_images[:1], still[3])
+    assert not torch.equal(images[4], images[0])
+    assert "sky" in caption
+
+
+def test_a_clip_is_a_batch_for_the_model(loaded):
+    images = DrawClip.execute(3, 4, 3, 1.0, 64, 64).result[0]
+    with torch.inference_mode():
+        latent = stock("VAEEncode").encode(loaded[2], images)[0]
+        back = stock("VAEDecode").decode(loaded[2], latent)[0]
+    assert latent["samples"].shape == (3, 48, 16, 16)
+    assert (back - images).abs().max() < 1e-6
