@@ -166,8 +166,10 @@ class FeatureTap:
         """An attention that records its map and then does what was there before."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, extra: Options) -> Tensor:
-            if not extra.get(RECOMPUTE) and self.calls:
-                self.calls[-1].maps[layer] = attention_map(q, k, extra["n_heads"])
+            # Computed again too: a checkpoint's second run must make the tensors that the first one made.
+            seen = attention_map(q, k, extra["n_heads"])
+            if not extra.get(RECOMPUTE):
+                self.calls[-1].maps[layer] = seen
             if replaced is not None:
                 return replaced(q, k, v, extra)
             assert self.attend is not None

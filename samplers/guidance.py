@@ -78,6 +78,9 @@ class Term(ABC):
                 "start not after end"
             )
 
+    def check_fits(self, shape: tuple[int, ...]) -> None:  # noqa: B027 (most terms have nothing more to ask for)
+        """Raise ValueError where the term cannot act on latents of `shape` [B, C, *S], before any long work."""
+
     @abstractmethod
     def value(self, out: Features, other: Features, frames: Frames) -> Tensor:
         """Unweighted energy [R] of the pictures `out` (R rows, with graph) against `other` (R rows or one)."""
@@ -96,6 +99,21 @@ class StyleTerm(Term):
     regions: SemanticMap | None = None
 
     name: ClassVar[str] = "style"
+
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        if self.regions is None:
+            return
+        theirs = len(self.stream.inversion.clean)
+        if len(self.regions.style) not in (1, theirs):
+            raise ValueError(
+                f"the semantic map has {len(self.regions.style)} style maps for {theirs} references: it needs one, or "
+                "one for each"
+            )
+        if len(self.regions.content) not in (1, shape[0]):
+            raise ValueError(
+                f"the semantic map has {len(self.regions.content)} content maps for {shape[0]} pictures: it needs one, "
+                "or one for each"
+            )
 
     def value(self, out: Features, other: Features, frames: Frames) -> Tensor:
         regions = None if self.regions is None else _regions_of(self.regions, frames)
@@ -272,8 +290,8 @@ def energy_gradient(
         seen = [f for f in tap.read() if f.count == len(x)]
         if not seen:
             raise RuntimeError(
-                "the model's decoder was not seen in a call for the whole picture: energies need a UNet with a positive "
-                "prompt that covers the picture (not only areas of it)"
+                "the model's decoder was not seen in a call for the whole picture: energies need a UNet, and a "
+                "positive prompt that covers the picture (not only areas of it)"
             )
         total, energies = total_energy(terms, seen, references, frames)
         (gradient,) = torch.autograd.grad(total, x)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # In image sides. Only the first quarter of a wave is used, so the code of two places is the less alike the farther they
 # are apart, anywhere in the image.
-DEFAULT_PERIODS = (16.0,)
+DEFAULT_PERIODS = (4.0, 2.0)
 
 
 def position_code(

@@ -1,0 +1,298 @@
+"""The host's GUIDER with an energy: Semantix (He et al., ICLR 2025) for SamplerCustomAdvanced with any sampler."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..samplers.features import FeatureTap, cross_attention_layers, feature_blocks
+from ..samplers.guidance import (
+    Energy,
+    GuidanceReport,
+    Key,
+    Stream,
+    Term,
+    active_terms,
+    clamped,
+    energy_gradient,
+    with_guidance,
+)
+from .gradients import constant_controls, differentiable, ordinary
+from .graph_memory import GraphMemory
+from .models import check_invertible, check_same, identify
+from .references import CACHE, ReferenceCache, References
+from .windows import frames_of_call
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+WRAPPER = "semantic_style_energy"
+
+
+class EnergyGuider(comfy.samplers.CFGGuider):
+    """Classifier-free guidance and an energy. Settings only; what a run knows lives in the run.
+
+    Args:
+        model: the host's MODEL, used as it is and given back as it was.
+        positive, negative: the host's CONDITIONING; negative is not evaluated at cfg 1.
+        energy: see `samplers.guidance`; its streams' conditioning are CONDITIONING or None.
+        checkpointing: less memory for the gradient, more time.
+        allow_other_model: references may have been inverted with another checkpoint of the same structure.
+        cache: of reference features, None for none.
+
+    Attributes:
+        report: of the last run that was begun.
+    """
+
+    def __init__(
+        self,
+        model: "ModelPatcher",
+        positive: list,
+        negative: list,
+        cfg: float,
+        energy: Energy,
+        *,
+        checkpointing: bool = False,
+        allow_other_model: bool = False,
+        cache: ReferenceCache | None = CACHE,
+    ) -> None:
+        super().__init__(model)
+        self.set_conds(positive, negative)
+        self.set_cfg(cfg)
+        self.energy = energy
+        self.checkpointing = checkpointing
+        self.allow_other_model = allow_other_model
+        self.cache = cache
+        self.report = GuidanceReport()
+        self._run: _Run | None = None
+
+    def outer_sample(self, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the host's; raises ValueError before anything is loaded when model, energy and latent do not fit."""
+        check_energy(self.model_patcher, self.energy, noise.shape, self.allow_other_model)
+        self.report = GuidanceReport()
+        try:
+            samples = super().outer_sample(noise, *args, **kwargs)
+        finally:
+            run, self._run = self._run, None
+            if run is not None:
+                run.finish()
+        _tell(self.report, self.energy)
+        return samples
+
+    def predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
+    ) -> Tensor:
+        """`denoised - sigma * g`: see `samplers.guidance`. x [B, C, *S] in the model's coordinates, timestep [B]."""
+        model_options = model_options or {}
+        if self._run is None:
+            self._run = _Run(self, x.device)
+        level = float(timestep[0])
+        if (timestep != timestep[0]).any():
+            raise ValueError(
+                "an energy guider takes one noise level per call; use it with a sampler, not with an inversion node"
+            )
+        terms = active_terms(self.energy, level, self.inner_model.model_sampling.percent_to_sigma)
+        if not terms:
+            self.report.plain_forwards += 1
+            return super().predict_noise(x, timestep, model_options, seed)
+        step = _Step(self._run, terms, level, x)
+        # Through the host's own function, found at call time: AnimateDiff-Evolved puts its own in that place.
+        denoised = comfy.samplers.sampling_function(
+            self.inner_model,
+            x,
+            timestep,
+            self.conds.get("negative", None),
+            self.conds.get("positive", None),
+            self.cfg,
+            model_options=step.options(model_options),
+            seed=seed,
+        )
+        return with_guidance(denoised, step.guidance(), level)
+
+
+class _Run:
+    """What one run of a guider needs at every step."""
+
+    def __init__(self, guider: EnergyGuider, device: torch.device) -> None:
+        unet = guider.inner_model.diffusion_model
+        self.guider, self.report, self.device = guider, guider.report, device
+        self.blocks, layers = feature_blocks(unet), cross_attention_layers(unet)
+        self.layers = layers if any(layers) else ()
+        self.attend = comfy.ldm.modules.attention.optimized_attention_masked
+        self.memory = GraphMemory(unet)
+        # Maps also for terms of weight 0, so that turning one up finds them in the cache.
+        mapped = {t.stream.key for t in guider.energy.terms if t.needs_maps}
+        streams: dict[Key, tuple[Stream, bool]] = {
+            key: (stream, key in mapped and bool(self.layers)) for key, stream in guider.energy.streams.items()
+        }
+        self.references = References(guider, streams, self.blocks, self.layers, self.attend, guider.cache)
+        self.dtype = getattr(guider.inner_model, "manual_cast_dtype", None) or guider.inner_model.get_dtype()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def finish(self) -> None:
+        self.report.reference_forwards = self.references.forwards
+        self.report.reference_reused = self.references.reused
+        self.report.graph_bytes = self.memory.bytes
+        if self.device.type == "cuda":
+            self.report.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+
+
+class _Step:
+    """One guided prediction: a wrapper around the host's calls of the model, one for each context window."""
+
+    def __init__(self, run: _Run, terms: tuple[Term, ...], level: float, x: Tensor) -> None:
+        self.run, self.terms, self.level = run, terms, level
+        self.gradient = torch.zeros_like(x)
+        self.windows = x.new_zeros(len(x))
+        self.energies: list[tuple[dict[str, Tensor], int]] = []
+
+    def options(self, model_options: dict[str, Any]) -> dict[str, Any]:
+        """The step's options with this wrapper innermost, inside of those that cut a clip into windows."""
+        options = comfy.model_patcher.create_model_options_clone(model_options)
+        kind = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+        to = options.setdefault("transformer_options", {})
+        wrappers = {k: dict(v) for k, v in to.get("wrappers", {}).items()}
+        wrappers[kind] = {**wrappers.get(kind, {}), WRAPPER: [self]}
+        to["wrappers"] = wrappers
+        return options
+
+    def __call__(
+        self,
+        executor: Callable,
+        model: Any,
+        conds: list,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """CALC_COND_BATCH: the conditional branch with gradient, the other without."""
+        # Guidance methods that hang on the CFG function make calls of their own, of one condition.
+        if len(conds) != 2 or conds[0] is None:
+            return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+        run, report = self.run, self.run.report
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        frames = frames_of_call(model_options.get("transformer_options", {}))
+        references = run.references.at(executor, x, timestep, conds[0], model_options, frames)
+        maps = any(t.needs_maps for t in self.terms)
+        tap = FeatureTap(run.blocks, run.layers if maps else None, run.attend, cut=True)
+        guider = run.guider
+        with differentiable(guider.model_patcher, model_options, checkpointing=guider.checkpointing) as options:
+            options["transformer_options"] = tap.options(options["transformer_options"])
+            positive, sigma = ordinary(constant_controls([conds[0]])), ordinary(timestep)
+
+            def conditional(x: Tensor) -> Tensor:
+                with run.memory:
+                    denoised = executor(model, positive, x, sigma, options, *args, **kwargs)[0]
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                return denoised
+
+            denoised, gradient, energies = energy_gradient(
+                ordinary(x), self.level, self.terms, conditional, tap, references, frames
+            )
+        report.gradient_forwards += 1
+        report.backwards += 1
+        self._add(gradient, energies, frames)
+        out = [denoised, torch.zeros_like(denoised)]
+        if conds[1] is not None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            out[1] = executor(model, [conds[1]], x, timestep, model_options, *args, **kwargs)[0]
+            report.plain_forwards += 1
+        return out
+
+    def _add(self, gradient: Tensor, energies: dict[str, Tensor], frames: tuple[int, ...] | None) -> None:
+        at = torch.arange(len(self.gradient)) if frames is None else torch.tensor(frames)
+        at = at.to(self.gradient.device)
+        self.gradient.index_add_(0, at, gradient.to(self.gradient))
+        self.windows.index_add_(0, at, torch.ones_like(at, dtype=self.windows.dtype))
+        self.energies.append((energies, len(at)))
+
+    def guidance(self) -> Tensor:
+        """The clamped mean over the windows that hold a frame; the step is entered into the report."""
+        if not self.energies:
+            raise RuntimeError(
+                "the energies were not evaluated: something on this MODEL replaces the sampler's model calls "
+                "(sampler_calc_cond_batch_function). Take that node out, or use a CFG guider"
+            )
+        rows = sum(n for _, n in self.energies)
+        means = {
+            name: torch.stack([e[name] * (n / rows) for e, n in self.energies]).sum() for name in self.energies[0][0]
+        }
+        weights = self.windows.clamp(min=1).reshape(-1, *[1] * (self.gradient.ndim - 1))
+        report = self.run.report
+        g, step = clamped(self.gradient / weights, self.level, means, len(report.steps), self.run.dtype)
+        report.steps.append(step)
+        return g
+
+
+def check_energy(model: "ModelPatcher", energy: Energy, shape: torch.Size, allow_other_model: bool) -> None:
+    """Raise ValueError unless the energy's references fit the model and a latent of `shape` [B, C, *S]."""
+    check_invertible(model)
+    feature_blocks(model.model.diffusion_model)
+    if len(shape) != 4:
+        raise ValueError(
+            f"energies work on pictures and on clips whose frames are the batch [frames, C, H, W]; this latent is "
+            f"{list(shape)}"
+        )
+    now = identify(model)
+    for stream in energy.streams.values():
+        inversion = stream.inversion
+        check_same(inversion.model, now, allow_other_model)
+        theirs = list(inversion.clean.shape)
+        if theirs[1] != shape[1] or len(theirs) != len(shape) or theirs[0] not in (1, shape[0]):
+            raise ValueError(
+                f"an energy's inversion holds a latent {theirs} (batch, channels, size), the latent being made is "
+                f"{list(shape)}: it needs the same channels, and one picture or as many as are being made"
+            )
+    for term in energy.terms:
+        term.check_fits(shape)
+
+
+def _tell(report: GuidanceReport, energy: Energy) -> None:
+    """One line about the run, and a warning where its guidance did nothing."""
+    logging.info(summary(report))
+    if reason := why_nothing(report, energy):
+        logging.warning("Semantic Style: %s", reason)
+
+
+def why_nothing(report: GuidanceReport, energy: Energy) -> str:
+    """Why a run's guidance changed nothing, empty where it changed something."""
+    if not any(t.weight > 0 for t in energy.terms):
+        return "the guidance changed nothing: all weights are 0"
+    if not report.steps:
+        return "the guidance changed nothing: no step of this run lies in the terms' start to end range"
+    if max(report.table()["gradient"]) == 0.0:
+        return (
+            "the guidance changed nothing: the gradient is zero at every step. Context, reference and the picture "
+            "being made may be the same, or an attention patch lets no gradient through"
+        )
+    return ""
+
+
+def summary(report: GuidanceReport) -> str:
+    """One line: steps, evaluations, memory, how hard the guidance pushed."""
+    table = report.table()
+    parts = [
+        f"{len(report.steps)} guided steps",
+        f"{report.gradient_forwards} forwards with gradient, {report.backwards} backwards",
+        f"{report.plain_forwards} forwards without",
+        f"{report.reference_forwards} for references ({report.reference_reused} reused)",
+    ]
+    if report.steps:
+        mean, most = (math.fsum(table["gradient"]) / len(report.steps), max(table["saturated"]))
+        parts.append(f"mean gradient {mean:.3g}, at most {most:.1%} of it clamped")
+    if report.graph_bytes:
+        parts.append(f"{report.graph_bytes / 2**20:.0f} MB kept for a backward pass")
+    if report.peak_bytes:
+        parts.append(f"peak memory {report.peak_bytes / 2**20:.0f} MB")
+    return "Guided by energies: " + ", ".join(parts)
