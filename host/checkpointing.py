@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from .inference_tensors import ordinary
+
 # Set in the `transformer_options` of the second run.
 RECOMPUTE = "semantic_style_recompute"
 _BLOCKS = ("ResBlock", "BasicTransformerBlock", "TransformerBlock")
@@ -73,6 +75,9 @@ def _checkpointed(block: nn.Module, forward: Callable, around: Callable[[], Abst
             with around(), _put_in(weights):
                 return forward(*args, **kwargs)
 
+        # What is kept for the second run must be ordinary; dicts are the options, which stay the caller's.
+        args = tuple(value if isinstance(value, dict) else ordinary(value) for value in args)
+        kwargs = {k: value if isinstance(value, dict) else ordinary(value) for k, value in kwargs.items()}
         # Stopping early means an exception through hooks of others.
         with set_checkpoint_early_stop(False):
             return checkpoint(region, *args, use_reentrant=False, **kwargs)

@@ -19,7 +19,7 @@ def ordinary(value: Any) -> Any:
     """`value` with its inference tensors cloned to ordinary ones.
 
     Dicts, lists, tuples and the host's COND objects are gone through and copied where something in them changes, other
-    objects are left as they are. What is shared inside `value` stays shared: the host batches conditionings by identity.
+    objects are left as they are. What is shared inside `value` stays shared: the host batches by identity.
     """
     with torch.inference_mode(False):
         return _replaced(value, _clone, {})
@@ -30,7 +30,7 @@ def _clone(tensor: Tensor) -> Tensor:
 
 
 def _replaced(value: Any, change: Callable[[Tensor], Tensor], done: dict[int, tuple[Any, Any]]) -> Any:
-    """`done` holds what was gone through by identity, together with the value itself so that no identity is used twice."""
+    """`done` holds what was gone through by identity, with the value itself so that no identity is used twice."""
     if id(value) in done:
         return done[id(value)][1]
     result = value
@@ -125,7 +125,8 @@ class OrdinaryOperands(TorchFunctionMode):
             kept = args[:1] if _writes(func) else ()
             args, kwargs = tree_map(self._operand, (args, kwargs))
             return func(*kept, *args[len(kept) :], **kwargs)
-        if any(t.is_inference() for t in tensors):
+        # A clone is how an ordinary tensor is asked for.
+        if func is not Tensor.clone and any(t.is_inference() for t in tensors):
             with torch.inference_mode():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
