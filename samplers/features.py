@@ -73,7 +73,7 @@ class Features:
     Attributes:
         stages: [R, C, h, w], what comes out of the upsampling layer, in the network's dtype.
         maps: [R, P, T], cross-attention from places (row-major on their layers' grid, which is coarser than the
-            feature's) to tokens, the mean over heads and over the stage's layers, in float32; empty where they were not
+            feature's) to tokens, the mean over heads and over the stage's layers, in float32 at least; empty where they were not
             asked for or a stage has no such layers.
     """
 
@@ -198,7 +198,8 @@ class FeatureTap:
 
 
 def attention_map(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    """Head-averaged attention [R, N, M] of q [R, N, heads*d] over k [R, M, heads*d], in float32."""
-    q, k = (rearrange(t.float(), "r n (heads d) -> r heads n d", heads=heads) for t in (q, k))
+    """Head-averaged attention [R, N, M] of q [R, N, heads*d] over k [R, M, heads*d], in float32 at least."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    q, k = (rearrange(t.to(exact), "r n (heads d) -> r heads n d", heads=heads) for t in (q, k))
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return reduce(weights, "r heads n m -> r n m", "mean")

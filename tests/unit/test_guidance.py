@@ -1,0 +1,372 @@
+"""Energies as values, their gradient on a small UNet, the tap's attention maps and the cut of the graph."""
+
+import math
+
+import pytest
+import torch
+from semantic_style.attention.regions import SemanticMap
+from semantic_style.demo.guided import EnergyGuided
+from semantic_style.demo.model import Paperland
+from semantic_style.demo.unet import UNetConfig, attention
+from semantic_style.samplers.ddpm_inversion import ddpm_inversion
+from semantic_style.samplers.energies import semantic_distance, spatial_feature_energy, style_feature_energy
+from semantic_style.samplers.features import RECOMPUTE, Features, FeatureTap, cross_attention_layers, feature_blocks
+from semantic_style.samplers.guidance import (
+    Energy,
+    SemanticTerm,
+    SpatialTerm,
+    Stream,
+    StyleTerm,
+    active_terms,
+    clamped,
+    energy_gradient,
+    total_energy,
+)
+from semantic_style.samplers.matching import find_matches
+from semantic_style.samplers.replay import replay
+from semantic_style.samplers.step_adain import StepAdaIN
+from torch import nn
+
+SIGMA = 0.7
+CONFIG = UNetConfig(channels=32, multipliers=(1, 1, 2), context_channels=16, head_channels=16)
+LEVELS = torch.tensor([4.0, 1.5, 0.7, 0.2, 0.0])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Paperland(CONFIG).double().eval().requires_grad_(False)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return random(1, 6, 16, seed=1), random(1, 6, 16, seed=2)
+
+
+@pytest.fixture(scope="module")
+def inversions(model, prompts):
+    """Of a context and of a larger reference."""
+    guided = model.guided(*prompts, cfg=1.5)
+    return tuple(
+        ddpm_inversion(guided, 0.8 * random(1, 48, *size, seed=seed), LEVELS, seed=seed)
+        for seed, size in ((3, (8, 12)), (4, (12, 16)))
+    )
+
+
+def taps(model, maps=True, cut=False):
+    blocks, layers = feature_blocks(model.unet), cross_attention_layers(model.unet)
+    return FeatureTap(blocks, layers if maps else None, attention, cut=cut)
+
+
+def features(model, x, sigma, prompt):
+    tap = taps(model)
+    model(x, x.new_full((len(x),), sigma), prompt, tap.options())
+    (seen,) = tap.read()
+    return seen
+
+
+def all_terms(context, reference, empty=None):
+    style, kept = Stream(reference, empty), Stream(context)
+    return StyleTerm(style, 3.0), SpatialTerm(kept, 0.9), SemanticTerm(kept, 20.0)
+
+
+def test_layers_of_a_stage_are_those_between_its_upsampler_and_the_one_before():
+    class Upsample(nn.Module):
+        pass
+
+    def block(layers, up):
+        transformer = nn.Module()
+        transformer.transformer_blocks = nn.ModuleList(nn.Identity() for _ in range(layers))
+        return nn.Sequential(nn.Identity(), transformer, *([Upsample()] if up else []))
+
+    sdxl = nn.Module()
+    sdxl.output_blocks = nn.ModuleList(block(n, i in (2, 5)) for i, n in enumerate([3, 3, 3, 2, 2, 2, 0, 0, 0]))
+    coarse, fine = cross_attention_layers(sdxl)
+    assert {layer[1] for layer in coarse} == {0, 1, 2}
+    assert len(coarse) == 9
+    assert {layer[1] for layer in fine} == {3, 4, 5}
+    assert len(fine) == 6
+
+    sd15 = nn.Module()
+    sd15.output_blocks = nn.ModuleList(block(int(i > 2), i in (2, 5, 8)) for i in range(12))
+    assert cross_attention_layers(sd15) == (
+        (("output", 3, 0), ("output", 4, 0), ("output", 5, 0)),
+        (("output", 6, 0), ("output", 7, 0), ("output", 8, 0)),
+    )
+
+
+def test_maps_are_the_softmax_of_queries_and_keys_averaged_over_heads_and_layers(model, prompts):
+    x = random(2, 48, 8, 12, seed=5)
+    recorded = {}
+    for i in (0, 1):
+        for name in ("to_q", "to_k"):
+            layer = getattr(model.unet.output_blocks[i][1].transformer_blocks[0].attn2, name)
+            layer.register_forward_hook(lambda m, args, out, key=(i, name): recorded.update({key: out}))
+    seen = features(model, x, SIGMA, prompts[0])
+    layers = []
+    for i in (0, 1):
+        q, k = recorded[i, "to_q"], recorded[i, "to_k"]
+        heads = []
+        for h in range(4):
+            part = slice(16 * h, 16 * h + 16)
+            logits = torch.einsum("bnd,bmd->bnm", q[..., part], k[..., part]) / math.sqrt(16)
+            heads.append(logits.softmax(dim=-1))
+        layers.append(sum(heads) / 4)
+    expected = (layers[0] + layers[1]) / 2
+    assert seen.maps[0].shape == (2, 2 * 3, 6)
+    assert torch.allclose(seen.maps[0], expected, atol=1e-12)
+    assert torch.allclose(seen.maps[1].sum(dim=-1), torch.ones(2, 24).double())
+
+
+def test_tap_leaves_the_prediction_alone_and_chains_what_replaced_a_layer(model, prompts):
+    x, sigma = random(1, 48, 8, 12), torch.tensor([SIGMA], dtype=torch.float64)
+    used = []
+
+    def halved(q, k, v, extra):
+        used.append(extra["block"])
+        return 0.5 * attention(q, k, v, extra["n_heads"])
+
+    for key in (("output", 1), ("output", 1, 0)):
+        base = {"patches_replace": {"attn2": {key: halved}}}
+        plain = model(x, sigma, prompts[0], base)
+        assert torch.equal(plain, model(x, sigma, prompts[0], taps(model).options(base)))
+        assert not torch.equal(plain, model(x, sigma, prompts[0]))
+    assert used == [("output", 1)] * 4
+    assert base == {**base, "patches_replace": {"attn2": {("output", 1, 0): halved}}}
+
+
+def test_a_checkpoints_second_run_is_not_recorded(model, prompts):
+    x, sigma = random(1, 48, 8, 12), torch.tensor([SIGMA], dtype=torch.float64)
+    tap = taps(model)
+    model(x, sigma, prompts[0], tap.options())
+    first = tap.calls[0].stages[feature_blocks(model.unet)[0]]
+    model(2 * x, sigma, prompts[0], tap.options({RECOMPUTE: True}))
+    assert len(tap.calls) == 1
+    assert tap.calls[0].stages[feature_blocks(model.unet)[0]] is first
+
+
+def test_stacked_conditions_are_told_apart(model, prompts):
+    x = random(2, 48, 8, 12)
+    tap = taps(model)
+    both = torch.cat([prompts[0].expand(2, -1, -1), prompts[1].expand(2, -1, -1)])
+    model(x.repeat(2, 1, 1, 1), torch.full((4,), SIGMA).double(), both, tap.options({"cond_or_uncond": [0, 0]}))
+    seen = tap.read()
+    assert [s.count for s in seen] == [2, 2]
+    assert tap.calls == []
+    assert torch.allclose(seen[1].maps[0], features(model, x, SIGMA, prompts[1]).maps[0], atol=1e-6)
+
+
+def test_the_cut_keeps_the_gradient_of_features_and_leaves_no_graph_behind_them(model, prompts):
+    gradients = []
+    for cut in (False, True):
+        x = random(1, 48, 8, 12).requires_grad_()
+        tap = taps(model, cut=cut)
+        # The network's own output, without the path around it that scales x.
+        out = model.unet(x, torch.tensor([300.0]).double(), prompts[0], tap.options())
+        assert out.requires_grad == (not cut)
+        (seen,) = tap.read()
+        value = sum(f.square().sum() for f in seen.stages) + sum(m.square().sum() for m in seen.maps)
+        gradients.append(torch.autograd.grad(value, x)[0])
+    assert torch.equal(*gradients)
+
+
+def test_the_energy_is_the_weighted_sum_of_its_terms(model, prompts, inversions):
+    context, reference = inversions
+    x = random(2, 48, 8, 12, seed=6)
+    out = features(model, x, SIGMA, prompts[0])
+    own = features(model, context.at(SIGMA), SIGMA, prompts[0])
+    theirs = features(model, reference.at(SIGMA), SIGMA, prompts[1])
+    terms = all_terms(context, reference, prompts[1])
+    references = {terms[0].stream.key: theirs, terms[1].stream.key: own}
+    total, by_name = total_energy(terms, [out], references)
+
+    expected = {"style": 0.0, "spatial": 0.0, "semantic": 0.0}
+    for stage in range(2):
+        f = out.stages[stage]
+        matches = find_matches(f, theirs.stages[stage], 3.0)
+        expected["style"] += 3.0 * style_feature_energy(f, theirs.stages[stage], matches) / 2
+        expected["spatial"] += 0.9 * spatial_feature_energy(f, own.stages[stage]) / 2
+        expected["semantic"] += 20.0 * semantic_distance(out.maps[stage], own.maps[stage]) / 2
+    for name, value in expected.items():
+        assert torch.allclose(by_name[name], value.mean(), rtol=1e-6), name
+    assert torch.allclose(total, sum(v.sum() for v in expected.values()), rtol=1e-6)
+
+    twice, _ = total_energy(terms, [out, out], references)
+    assert torch.allclose(twice, total), "combined conditions count with their mean"
+
+
+def test_the_gradient_is_that_of_finite_differences(model, prompts, inversions):
+    context, reference = inversions
+    x = random(1, 48, 8, 12, seed=7)
+    sigma = torch.tensor([SIGMA], dtype=torch.float64)
+    terms = all_terms(context, reference, prompts[1])
+    references = {
+        terms[0].stream.key: features(model, reference.at(SIGMA), SIGMA, prompts[1]),
+        terms[1].stream.key: features(model, context.at(SIGMA), SIGMA, prompts[0]),
+    }
+    tap = taps(model, cut=True)
+    denoised, gradient, _ = energy_gradient(
+        x, SIGMA, terms, lambda x: model(x, sigma, prompts[0], tap.options()), tap, references
+    )
+    assert torch.equal(denoised, model(x, sigma, prompts[0]))
+    assert not denoised.requires_grad
+
+    fixed = [find_matches(f, r, 3.0) for f, r in zip(features(model, x, SIGMA, prompts[0]).stages,
+                                                     references[terms[0].stream.key].stages, strict=True)]  # fmt: skip
+
+    def energy(x):
+        out = features(model, x, SIGMA, prompts[0])
+        style = [style_feature_energy(f, r, m) for f, r, m in
+                 zip(out.stages, references[terms[0].stream.key].stages, fixed, strict=True)]  # fmt: skip
+        rest, _ = total_energy(terms[1:], [out], references)
+        return 3.0 * sum(style) / 2 + rest
+
+    direction = random(1, 48, 8, 12, seed=8)
+    h = 1e-4
+    slope = (energy(x + h * direction) - energy(x - h * direction)) / (2 * h)
+    assert torch.allclose((gradient * direction).sum(), math.sqrt(1 + SIGMA**2) * slope, rtol=2e-4)
+
+
+def test_nothing_pulls_where_picture_context_and_reference_are_one(model, prompts, inversions):
+    context, _ = inversions
+    terms = (*all_terms(context, context)[1:], StyleTerm(Stream(context), 3.0, position_weight=3.0))
+    x, sigma = context.at(SIGMA), torch.tensor([SIGMA], dtype=torch.float64)
+    own = features(model, x, SIGMA, prompts[0])
+    tap = taps(model, cut=True)
+    _, gradient, energies = energy_gradient(
+        x, SIGMA, terms, lambda x: model(x, sigma, prompts[0], tap.options()), tap, {Stream(context).key: own}
+    )
+    assert max(e.abs().max() for e in energies.values()) < 1e-9
+    assert gradient.abs().max() < 1e-9
+
+
+def test_energies_add_and_act_in_their_range(inversions):
+    context, reference = inversions
+    style, spatial, semantic = all_terms(context, reference)
+    late = SpatialTerm(Stream(context), 2.0, start=0.5, end=0.75)
+    energy = Energy((style, spatial)) + Energy((late, SemanticTerm(Stream(reference), 0.0)))
+    assert [t.name for t in energy.terms] == ["style", "spatial", "spatial", "semantic"]
+    assert len(energy.streams) == 2
+    assert not energy.needs_maps
+    assert (energy + Energy((semantic,))).needs_maps
+
+    def level(part):
+        return 10.0 * (1 - part)
+
+    assert active_terms(energy, 5.0, level) == (style, spatial, late)
+    assert active_terms(energy, 2.5, level) == (style, spatial, late)
+    assert active_terms(energy, 2.4, level) == active_terms(energy, 5.1, level) == (style, spatial)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": -1.0}, "0 or more"),
+        ({"weight": math.nan}, "0 or more"),
+        ({"weight": 1.0, "start": 0.6, "end": 0.5}, "start not after end"),
+        ({"weight": 1.0, "end": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_terms_refuse_what_makes_no_sense(inversions, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SpatialTerm(Stream(inversions[0]), **settings)
+
+
+def test_a_terms_maps_must_fit_the_pictures(inversions):
+    _, reference = inversions
+    labels = torch.zeros(3, 8, 12, dtype=torch.int64)
+    with pytest.raises(ValueError, match="3 content maps for 1 pictures"):
+        StyleTerm(Stream(reference), 1.0, regions=SemanticMap(labels, labels[:1])).check_fits((1, 48, 8, 12))
+    with pytest.raises(ValueError, match="3 style maps for 1 references"):
+        StyleTerm(Stream(reference), 1.0, regions=SemanticMap(labels, labels)).check_fits((3, 48, 8, 12))
+
+
+def test_windows_of_a_clip_take_their_frames_maps(model, prompts, inversions):
+    _, reference = inversions
+    out = features(model, random(2, 48, 8, 12, seed=9), SIGMA, prompts[0])
+    theirs = features(model, reference.at(SIGMA), SIGMA, prompts[1])
+    labels = torch.stack([torch.zeros(8, 12), torch.ones(8, 12), torch.arange(96).reshape(8, 12) % 2]).long()
+    style = torch.arange(12 * 16).reshape(1, 12, 16) % 2
+    whole = StyleTerm(Stream(reference), 1.0, regions=SemanticMap(labels, style))
+    chosen = StyleTerm(Stream(reference), 1.0, regions=SemanticMap(labels[[2, 0]], style))
+    assert torch.equal(whole.value(out, theirs, (2, 0)), chosen.value(out, theirs, None))
+    assert not torch.equal(whole.value(out, theirs, (0, 2)), chosen.value(out, theirs, None))
+
+
+def test_the_clamp_is_on_the_sum_and_is_reported():
+    gradient = torch.tensor([[[[-3.0, 0.5, 0.0, 1.5]]]])
+    g, report = clamped(gradient, 2.0, {"style": torch.tensor(1.0)}, 0, torch.float32)
+    assert g.flatten().tolist() == [-1.0, 0.5, 0.0, 1.0]
+    assert report.saturated == 0.5
+    assert report.size == 1.25
+    with pytest.raises(FloatingPointError, match=r"step 7, sigma 2, with the model in torch.float16"):
+        clamped(gradient * math.nan, 2.0, {}, 7, torch.float16)
+
+
+def test_a_guided_replay_lowers_what_it_weighs_and_reuses_references(model, prompts, inversions):
+    context, reference = inversions
+    energy = Energy(all_terms(context, reference, prompts[1]))
+    seen = {}
+
+    def run(energy, **settings):
+        guided = EnergyGuided(model, prompts[0], prompts[1], 1.5, energy, LEVELS, seen, **settings)
+        return replay(guided, context.trajectory[0], LEVELS, inversion=context), guided.report
+
+    plain, report = run(Energy(()))
+    assert torch.allclose(plain, context.clean, atol=1e-9)
+    assert report.steps == []
+    out, report = run(energy)
+    assert (report.gradient_forwards, report.backwards, report.plain_forwards) == (4, 4, 4)
+    assert (report.reference_forwards, report.reference_reused) == (8, 0)
+    again, report = run(energy)
+    assert torch.equal(out, again)
+    assert (report.reference_forwards, report.reference_reused) == (0, 8)
+    table = report.table()
+    assert list(table) == ["sigma", "style", "spatial", "semantic", "gradient", "saturated"]
+    assert table["sigma"] == pytest.approx(LEVELS[:-1].tolist())
+    assert table["spatial"][0] < 1e-9 < table["spatial"][-1]
+
+    level = 0.2
+    theirs = features(model, reference.at(level), level, prompts[1])
+
+    def style(clean):
+        f = features(model, clean + level * context.noise_at(3), level, prompts[0])
+        return all_terms(context, reference)[0].value(f, theirs, None).item()
+
+    assert style(out) < style(context.clean)
+
+
+def test_adain_follows_the_published_steps(model, prompts, inversions):
+    context, reference = inversions
+    guided = model.guided(*prompts, cfg=1.5)
+    levels = []
+
+    class Watched(StepAdaIN):
+        def __call__(self, x, step, sigma):
+            out = super().__call__(x, step, sigma)
+            levels.append((step, bool((out != x).any())))
+            if levels[-1][1]:
+                at = reference.at(sigma)
+                assert torch.allclose(out.mean(dim=(2, 3)), at.mean(dim=(2, 3)))
+                assert torch.allclose(out.std(dim=(2, 3), correction=0), at.std(dim=(2, 3), correction=0), rtol=1e-4)
+            return out
+
+    replay(guided, context.trajectory[0], LEVELS, inversion=context, after_step=Watched(reference, 4, 1 / 3))
+    assert levels == [(0, False), (1, True), (2, True)]
+    off = replay(guided, context.trajectory[0], LEVELS, inversion=context, after_step=StepAdaIN(reference, 4, 1.0))
+    assert torch.allclose(off, context.clean, atol=1e-9)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        StepAdaIN(reference, 4, 1.5)
+    with pytest.raises(ValueError, match="as many channels"):
+        StepAdaIN(reference, 4).check_fits((1, 4, 8, 12))
+
+
+def test_rows_and_sizes_of_features():
+    whole = Features((torch.arange(6.0).reshape(3, 2, 1, 1),), (torch.zeros(3, 1, 2),))
+    assert whole.count == 3
+    assert whole.bytes == 4 * 12
+    assert whole.rows([2, 0]).stages[0][:, 0, 0, 0].tolist() == [4.0, 0.0]
