@@ -39,8 +39,8 @@ def differentiable(
     Yields:
         The options to hand to `comfy.samplers.calc_cond_batch` in their place.
     """
-    parts = [patcher, *patcher.get_nested_additional_models()]
-    modules = [part.model for part in parts if isinstance(part.model, nn.Module)]
+    parts = [patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]
+    modules = [part.model for part in parts if isinstance(getattr(part, "model", None), nn.Module)]
     call = _Call(patcher, modules)
     options = comfy.model_patcher.create_model_options_clone(model_options)
     to = options.setdefault("transformer_options", {})

@@ -181,6 +181,14 @@ def test_weights_are_ordinary_inside_and_as_before_outside():
     guided(made, body)
 
 
+def test_weights_moved_in_inference_mode():
+    with torch.inference_mode(False):
+        moved = small_sd15()
+    moved.model.to(torch.float64).to(torch.float32)
+    assert any(p.is_inference() for p in parts(moved))
+    assert torch.equal(gradient(moved), gradient(small_sd15()))
+
+
 def test_weights_that_ask_for_gradients_get_none_and_cost_nothing():
     with torch.inference_mode(False):
         asking = small_sd15()
@@ -544,13 +552,21 @@ def test_inference_tensors_that_turn_up_during_the_call(model, checkpointing):
     assert factor.is_inference()
     patched = model.clone()
     patched.set_model_attn1_output_patch(lambda n, extra: n * factor if n.shape[-1] == 32 else n)
+    residual = draw(1, 32, 8, 8, seed=2).float()
+    # The network takes what it adds off these lists.
+    control = Frozen({"input": [], "middle": [], "output": [residual] * 3})
     calls = []
-    patched.model_options["model_function_wrapper"] = lambda apply, args: (
-        calls.append(1) or apply(args["input"], args["timestep"], **args["c"])
-    )
+
+    def wrapper(apply, args):
+        calls.append(args["c"]["control"])
+        return apply(args["input"], args["timestep"], **args["c"])
 
     def body(call):
-        call.assert_finite_difference(call.gradient(checkpointing), 1e-2, 3e-3)
+        call.options = {**call.options, "model_function_wrapper": wrapper}
+        call.conds = [[{**cond, "control": control} for cond in call.conds[0]]]
+        g = call.gradient(checkpointing)
+        assert len(calls) == 1
+        call.assert_finite_difference(g, 1e-2, 3e-3)
 
     guided(patched, body)
 
