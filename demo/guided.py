@@ -107,7 +107,7 @@ class EnergyGuided:
             rows = _rows(prompt.clone(), latent)
             self.model(latent, latent.new_full((len(latent),), level), rows, self.reference_tap.options())
         self.report.reference_forwards += 1
-        (self.seen[key],) = self.reference_tap.read()
+        (self.seen[key],) = self.reference_tap.read(latent.shape[2:])
         return self.seen[key]
 
 

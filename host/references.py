@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.features import Attend, Features, FeatureTap, Layer
-from ..samplers.guidance import Frames, Key, Stream
+from ..samplers.guidance import NOT_SEEN, Frames, Key, Stream
 
 # In `transformer_options`: this call is for a reference, attention patches of this pack let it through.
 REFERENCE = "semantic_style_reference"
@@ -210,9 +210,9 @@ class References:
         with torch.inference_mode():
             sigma = timestep[:1].expand(len(latent)).clone()
             executor(self.guider.inner_model, [conds], latent, sigma, options)
-        seen = tap.read()
+        seen = tap.read(latent.shape[2:])
         if not seen:
-            raise RuntimeError("the model's decoder was not seen in a reference's call: energies need a UNet")
+            raise RuntimeError(NOT_SEEN)
         with torch.inference_mode(False):
             return seen[0].each(torch.Tensor.clone)
 

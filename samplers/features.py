@@ -73,8 +73,8 @@ class Features:
     Attributes:
         stages: [R, C, h, w], what comes out of the upsampling layer, in the network's dtype.
         maps: [R, P, T], cross-attention from places (row-major on their layers' grid, which is coarser than the
-            feature's) to tokens, the mean over heads and over the stage's layers, in float32 at least; empty where they were not
-            asked for or a stage has no such layers.
+            feature's) to tokens, the mean over heads and over the stage's layers, in float32 at least; empty where they
+            were not asked for or a stage has no such layers.
     """
 
     stages: tuple[Tensor, ...]
@@ -100,9 +100,12 @@ class Features:
 
 @dataclass
 class _Call:
-    """One forward call that a tap saw; `chunks` conditions are stacked in its batch, one after another."""
+    """One forward call that a tap saw: how many conditions are stacked in its batch, one after another; on what size
+    of latent.
+    """
 
     chunks: int
+    size: tuple[int, ...]
     stages: dict[int, Tensor]
     maps: dict[Layer, Tensor]
 
@@ -138,7 +141,8 @@ class FeatureTap:
         """The `output_block_patch` of the hook protocol."""
         index = options["block"][1]
         if index == 0 and not options.get(RECOMPUTE):
-            self.calls.append(_Call(len(options.get("cond_or_uncond", ())) or 1, {}, {}))
+            stacked = len(options.get("cond_or_uncond", ())) or 1
+            self.calls.append(_Call(stacked, tuple(options["original_shape"][2:]), {}, {}))
         if index in self.blocks and not options.get(RECOMPUTE):
             self.calls[-1].stages[index] = h
         if self.cut and index >= self.blocks[-1]:
@@ -183,10 +187,12 @@ class FeatureTap:
         """By block, of the last call."""
         return self.calls[-1].stages
 
-    def read(self) -> list[Features]:
-        """What was seen since the last time, one entry per condition that was stacked in each call."""
+    def read(self, size: tuple[int, ...]) -> list[Features]:
+        """What was seen since the last time of latents of `size` (areas of a picture are smaller), one entry per
+        condition that was stacked in each call.
+        """
         seen = []
-        for call in self.calls:
+        for call in (call for call in self.calls if call.size == tuple(size)):
             whole = Features(
                 tuple(call.stages[b] for b in self.blocks),
                 tuple(torch.stack([call.maps[layer] for layer in stage]).mean(dim=0) for stage in self.layers if stage),

@@ -26,6 +26,11 @@ from .matching import find_matches
 
 LIMIT = 1.0  # of an element of the guidance, in units of the noise prediction
 
+NOT_SEEN = (
+    "the model's decoder was not seen in a call for the whole picture: energies need a UNet, and prompts that cover the "
+    "picture (not only areas of it)"
+)
+
 Frames: TypeAlias = tuple[int, ...] | None
 Key: TypeAlias = tuple[int, int]
 
@@ -130,6 +135,9 @@ class SpatialTerm(Term):
 
     name: ClassVar[str] = "spatial"
 
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        _check_same_size(self, shape)
+
     def value(self, out: Features, other: Features, frames: Frames) -> Tensor:
         return _mean([spatial_feature_energy(f, c) for f, c in zip(out.stages, other.stages, strict=True)])
 
@@ -141,8 +149,21 @@ class SemanticTerm(Term):
     name: ClassVar[str] = "semantic"
     needs_maps: ClassVar[bool] = True
 
+    def check_fits(self, shape: tuple[int, ...]) -> None:
+        _check_same_size(self, shape)
+
     def value(self, out: Features, other: Features, frames: Frames) -> Tensor:
         return _mean([semantic_distance(a, c) for a, c in zip(out.maps, other.maps, strict=True)])
+
+
+def _check_same_size(term: Term, shape: tuple[int, ...]) -> None:
+    theirs = tuple(term.stream.inversion.clean.shape)
+    if theirs[2:] != tuple(shape[2:]):
+        raise ValueError(
+            f"the {term.name} term compares place by place: its context's latent is {list(theirs)}, the one being made "
+            f"{list(shape)}; both must have the same size. Use the LATENT of the context's Replay node, or invert the "
+            "context again at the size that you want"
+        )
 
 
 def _mean(stages: list[Tensor]) -> Tensor:
@@ -287,12 +308,9 @@ def energy_gradient(
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         denoised = conditional(x).detach()
-        seen = [f for f in tap.read() if f.count == len(x)]
+        seen = tap.read(x.shape[2:])
         if not seen:
-            raise RuntimeError(
-                "the model's decoder was not seen in a call for the whole picture: energies need a UNet, and a "
-                "positive prompt that covers the picture (not only areas of it)"
-            )
+            raise RuntimeError(NOT_SEEN)
         total, energies = total_energy(terms, seen, references, frames)
         (gradient,) = torch.autograd.grad(total, x)
     return denoised, math.sqrt(1 + sigma**2) * gradient, energies

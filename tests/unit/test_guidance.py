@@ -65,7 +65,7 @@ def taps(model, maps=True, cut=False):
 def features(model, x, sigma, prompt):
     tap = taps(model)
     model(x, x.new_full((len(x),), sigma), prompt, tap.options())
-    (seen,) = tap.read()
+    (seen,) = tap.read(x.shape[2:])
     return seen
 
 
@@ -154,7 +154,7 @@ def test_stacked_conditions_are_told_apart(model, prompts):
     tap = taps(model)
     both = torch.cat([prompts[0].expand(2, -1, -1), prompts[1].expand(2, -1, -1)])
     model(x.repeat(2, 1, 1, 1), torch.full((4,), SIGMA).double(), both, tap.options({"cond_or_uncond": [0, 0]}))
-    seen = tap.read()
+    seen = tap.read((8, 12))
     assert [s.count for s in seen] == [2, 2]
     assert tap.calls == []
     assert torch.allclose(seen[1].maps[0], features(model, x, SIGMA, prompts[1]).maps[0], atol=1e-6)
@@ -168,7 +168,7 @@ def test_the_cut_keeps_the_gradient_of_features_and_leaves_no_graph_behind_them(
         # The network's own output, without the path around it that scales x.
         out = model.unet(x, torch.tensor([300.0]).double(), prompts[0], tap.options())
         assert out.requires_grad == (not cut)
-        (seen,) = tap.read()
+        (seen,) = tap.read((8, 12))
         value = sum(f.square().sum() for f in seen.stages) + sum(m.square().sum() for m in seen.maps)
         gradients.append(torch.autograd.grad(value, x)[0])
     assert torch.equal(*gradients)
