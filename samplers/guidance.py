@@ -27,8 +27,8 @@ from .matching import find_matches
 LIMIT = 1.0  # of an element of the guidance, in units of the noise prediction
 
 NOT_SEEN = (
-    "the model's decoder was not seen in a call for the whole picture: energies need a UNet, and prompts that cover the "
-    "picture (not only areas of it)"
+    "the model's decoder was not seen in a call for the whole picture: energies need a UNet, and prompts that cover "
+    "the picture (not only areas of it)"
 )
 
 Frames: TypeAlias = tuple[int, ...] | None

@@ -313,7 +313,7 @@ def test_combined_prompts_and_prompts_of_areas(model, context, reference):
     assert torch.isfinite(run(combined, context)).all()
     assert len(combined.report.steps) == STEPS
     area = [[POSITIVE[0][0], {"area": (8, 8, 0, 0), "strength": 1.0}]]
-    with pytest.raises(RuntimeError, match="covers the picture"):
+    with pytest.raises(RuntimeError, match="cover the picture"):
         run(guider_of(model, semantix(context, reference), positive=area), context)
 
 
