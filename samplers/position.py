@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-# In image sides. Only the first quarter of a wave is used, so the code of two places is the less alike the farther they
-# are apart, anywhere in the image.
+# In image sides: long enough that the code of two places is the less alike the farther they are apart, anywhere in the
+# image.
 DEFAULT_PERIODS = (4.0, 2.0)
 
 
