@@ -10,6 +10,7 @@ import comfy.supported_models
 import torch
 
 CONTEXT = 64
+POOLED = 1280
 OUTPUT_SCALE = 0.1
 
 
@@ -42,6 +43,7 @@ def small_sd15(
     model_type: str = "EPS",
     seed: int = 0,
     latent_format: Any = None,
+    linear: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
     """A MODEL with random weights whose predictions have the size of a trained one's.
 
@@ -50,8 +52,9 @@ def small_sd15(
         model_type: name in the host's ModelType.
         seed: of the weights.
         latent_format: the host's, SD15's when None.
+        linear: linear layers around the transformers, as SD2.x has.
     """
-    config = comfy.supported_models.SD15(sd15_config(model_channels))
+    config = comfy.supported_models.SD15(sd15_config(model_channels) | {"use_linear_in_transformer": linear})
     config.unet_extra_config = {}
     config.latent_format = latent_format or comfy.latent_formats.SD15()
     config.set_inference_dtype(dtype, None)
@@ -85,3 +88,41 @@ def _fill(network: torch.nn.Module, seed: int) -> None:
         else:
             value = 0.1 * torch.randn(parameter.shape, generator=generator)
         parameter.copy_(value)
+
+
+def sdxl_config(model_channels: int) -> dict[str, Any]:
+    """SDXL's UNet with narrower and less deep layers: no attention on the finest level, two and three deep below."""
+    return {
+        **sd15_config(model_channels),
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 3, 3],
+        "transformer_depth_middle": 3,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+        "use_linear_in_transformer": True,
+        "num_heads": -1,
+        "num_head_channels": 32,
+        "num_classes": "sequential",
+        "adm_in_channels": POOLED + 6 * 256,
+    }
+
+
+def small_sdxl(
+    model_channels: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> comfy.model_patcher.ModelPatcher:
+    """As `small_sd15`, in SDXL's shape: its conditioning has a pooled part and the picture's size."""
+    config = comfy.supported_models.SDXL(sdxl_config(model_channels))
+    config.latent_format = comfy.latent_formats.SDXL()
+    config.set_inference_dtype(dtype, None)
+    management = comfy.model_management
+    offload = management.unet_offload_device()
+    model = comfy.model_base.SDXL(config, comfy.model_base.ModelType.EPS, device=offload)
+    _fill(model.diffusion_model, seed)
+    return comfy.model_patcher.ModelPatcher(model.eval(), management.get_torch_device(), offload)
+
+
+def pooled_conditioning(seed: int, tokens: int = 7) -> list:
+    """A random CONDITIONING that fits `small_sdxl`."""
+    ((tensor, _),) = conditioning(seed, tokens=tokens)
+    pooled = torch.randn(1, POOLED, generator=torch.Generator().manual_seed(seed + 1000))
+    return [[tensor, {"pooled_output": pooled}]]

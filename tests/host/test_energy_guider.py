@@ -8,11 +8,12 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
-from semantic_style.benchmarks.models import conditioning, small_sd15
+from semantic_style.benchmarks.models import conditioning, pooled_conditioning, small_sd15, small_sdxl
 from semantic_style.host.energy_guider import EnergyGuider, summary, why_nothing
 from semantic_style.host.inversion import Task, invert_ddpm
 from semantic_style.host.references import REFERENCE, ReferenceCache, digest
 from semantic_style.host.replay import ReplayNoise, ReplaySampler
+from semantic_style.samplers.features import feature_blocks
 from semantic_style.samplers.guidance import LIMIT, Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
 POSITIVE, NEGATIVE, EMPTY = conditioning(1), conditioning(2), conditioning(3)
@@ -433,3 +434,30 @@ def test_digests_tell_contents_apart():
     assert digest(a) != digest(conditioning(2))
     assert digest([[a[0][0], {"strength": 0.5}]]) != digest([[a[0][0], {"strength": 0.6}]])
     assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
+
+
+def test_shapes_of_sdxl():
+    sdxl, positive, empty = small_sdxl(), pooled_conditioning(1), pooled_conditioning(3)
+    assert feature_blocks(sdxl.model.diffusion_model) == (3, 6)
+    context = invert_ddpm(Task(sdxl, positive, empty, latent(1, 4, 8, 12) * 0.18215, 2, "normal", CFG, 1))
+    reference = invert_ddpm(Task(sdxl, empty, empty, latent(1, 4, 8, 12, seed=2) * 0.18215, 2, "normal", 1.0, 2))
+    style, kept = Stream(reference, empty), Stream(context)
+    energy = Energy((StyleTerm(style, 3.0), SpatialTerm(kept, 0.9), SemanticTerm(kept, 1.0)))
+    guider = EnergyGuider(sdxl, positive, empty, CFG, energy, cache=None)
+    out = run(guider, context)
+    assert torch.isfinite(out).all()
+    assert (out - context.to_outer(context.clean)).abs().max() > 0.1
+    assert guider.report.reference_forwards == 2, "context and reference in one call, each with its own pooled prompt"
+    table = guider.report.table()
+    assert min(table["style"]) > 0 < table["semantic"][-1]
+
+
+def test_shapes_of_sd2():
+    """Linear projections and v-prediction, as SD2.1 at 768 px."""
+    sd2 = small_sd15(model_type="V_PREDICTION", linear=True)
+    context = invert(sd2, latent(1, 4, 16, 8))
+    reference = invert(sd2, latent(1, 4, 16, 8, seed=5), EMPTY, 1.0)
+    guider = guider_of(sd2, semantix(context, reference))
+    out = run(guider, context)
+    assert (out - context.to_outer(context.clean)).abs().max() > 0.1
+    assert len(guider.report.steps) == STEPS
