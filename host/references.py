@@ -179,21 +179,14 @@ class References:
     def _conds(self, key: Key, stream: Stream, x: Tensor) -> list[dict]:
         """A stream's own prompt as the host prepares conditioning for a latent of the stream's size."""
         if key not in self.conds:
-            model = self.guider.inner_model
-            given = {"reference": comfy.sampler_helpers.convert_cond(stream.conditioning)}
-            for cond in given["reference"]:
-                for name in _PER_COND:
-                    cond.pop(name, None)
-            like = stream.inversion.clean.to(x)
-            processed = comfy.samplers.process_conds(model, like, given, x.device, like)
-            self.conds[key] = processed["reference"]
+            self.conds[key] = stream_conds(self.guider, stream.conditioning, stream.inversion.clean.to(x))
         return self.conds[key]
 
     def _calls(self, missing: dict[Key, tuple[Tensor, list[dict]]]) -> list[tuple[list[Key], Tensor, list[dict]]]:
         """All in one call where a plain model, sizes and prompts allow it, else one by one."""
         if len(missing) > 1 and not _has_motion(self.guider):
             latents = [latent for latent, _ in missing.values()]
-            merged = _merged([conds for _, conds in missing.values()], [len(latent) for latent in latents])
+            merged = merged_conds([conds for _, conds in missing.values()], [len(latent) for latent in latents])
             if merged is not None and len({latent.shape for latent in latents}) == 1:
                 return [(list(missing), torch.cat(latents), [merged])]
         return [([key], latent, conds) for key, (latent, conds) in missing.items()]
@@ -225,6 +218,24 @@ class References:
             model = _model_key(self.guider, self.cache)
             self.keys[key] = (self.cache.token(stream.inversion), model, digest(conds), self.blocks, maps)
         return (*self.keys[key], level, frames)
+
+
+def stream_conds(
+    guider: comfy.samplers.CFGGuider, conditioning: list | None, like: Tensor, converted: list[dict] | None = None
+) -> list[dict]:
+    """A reference's own prompt as the host prepares conditioning for latents of its size, for the whole picture.
+
+    Args:
+        guider: with the model loaded.
+        conditioning: the host's CONDITIONING; None where `converted`, the guider's own form of it, is given.
+        like: [R, C, *S], a latent of the reference.
+    """
+    given = comfy.sampler_helpers.convert_cond(conditioning) if converted is None else [dict(c) for c in converted]
+    for cond in given:
+        for name in _PER_COND:
+            cond.pop(name, None)
+    processed = comfy.samplers.process_conds(guider.inner_model, like, {"reference": given}, like.device, like)
+    return processed["reference"]
 
 
 def _has_motion(guider: comfy.samplers.CFGGuider) -> bool:
@@ -261,7 +272,7 @@ def _without_control(cond: dict) -> dict:
     return {name: value for name, value in cond.items() if name not in ("control", "gligen")}
 
 
-def _merged(prompts: list[list[dict]], rows: list[int]) -> dict | None:
+def merged_conds(prompts: list[list[dict]], rows: list[int]) -> dict | None:
     """One conditioning for the stacked rows of several pictures; None where they do not stack."""
     if any(len(conds) != 1 for conds in prompts):
         return None

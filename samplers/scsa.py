@@ -1,0 +1,196 @@
+"""SCSA in a UNet that follows the hook protocol (Shang et al., CVPR 2025; the mathematics is in attention/scsa.py).
+
+What enters the chosen transformer blocks is read from a forward pass of the four references at the level the sampler
+is at; then the same blocks of the image being made take their self-attention's place. The blocks are those of the two
+finest levels of the decoder that have attention: output blocks 6-11 of SD1.x, as published.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.adain import MIN_PLACES
+from ..attention.regional import RegionOrder, order_by_region
+from ..attention.regions import SemanticMap
+from ..attention.scsa import Prepared, References, SelfAttention, Settings, prepare, scsa
+from .features import Layer, Options
+
+LEVELS = 2
+Grid = tuple[int, int]
+
+
+def self_attention_layers(unet: nn.Module, levels: int = LEVELS) -> tuple[Layer, ...]:
+    """The transformer blocks ("output", block, index) of the `levels` finest decoder levels that have any.
+
+    Raises:
+        ValueError: the network has no numbered decoder blocks, or none with attention.
+    """
+    blocks = getattr(unet, "output_blocks", None)
+    if blocks is None:
+        raise ValueError(
+            f"{type(unet).__name__} has no decoder blocks (`output_blocks`): a UNet such as SD1.x, SD2.x or SDXL is "
+            "needed"
+        )
+    found: list[list[Layer]] = [[]]
+    for i, block in enumerate(blocks):
+        found[-1] += [("output", i, j) for layer in block for j in range(len(getattr(layer, "transformer_blocks", ())))]
+        if any(type(layer).__name__ == "Upsample" for layer in block):
+            found.append([])
+    with_attention = [layers for layers in found if layers]
+    if not with_attention:
+        raise ValueError(f"{type(unet).__name__} has no attention in its decoder: SCSA needs some")
+    return tuple(layer for layers in with_attention[-levels:] for layer in layers)
+
+
+def transformer_block(unet: nn.Module, layer: Layer) -> nn.Module:
+    """The module of a layer as `self_attention_layers` names it."""
+    _, block, index = layer
+    (transformers,) = (m.transformer_blocks for m in unet.output_blocks[block] if hasattr(m, "transformer_blocks"))
+    return transformers[index]
+
+
+@contextmanager
+def block_inputs(unet: nn.Module, layers: tuple[Layer, ...]) -> Iterator[dict[Layer, Tensor]]:
+    """Inside, the dict holds what entered each of these transformer blocks last, [R, places, C]."""
+    seen: dict[Layer, Tensor] = {}
+
+    def keep(layer: Layer) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[layer] = args[0]
+
+        return hook
+
+    # norm1 is what the raw input of a block goes through first.
+    handles = [transformer_block(unet, layer).norm1.register_forward_pre_hook(keep(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, eq=False)
+class Entered:
+    """What entered the blocks for some references: tokens [R, places, C] and their grid, by layer."""
+
+    tokens: dict[Layer, Tensor]
+    grids: dict[Layer, Grid]
+
+    def rows(self, part: slice) -> "Entered":
+        return Entered({layer: t[part] for layer, t in self.tokens.items()}, self.grids)
+
+
+class Reader:
+    """Reads block inputs of forward calls made with its `options` inside `block_inputs`."""
+
+    def __init__(self, layers: tuple[Layer, ...], seen: dict[Layer, Tensor]) -> None:
+        self.layers, self.seen = layers, seen
+        self.grids: dict[Layer, Grid] = {}
+
+    def options(self, base: Options | None = None) -> Options:
+        options = dict(base or {})
+        patches = {k: list(v) for k, v in options.get("patches", {}).items()}
+        patches.setdefault("attn1_output_patch", []).append(self._note_grid)
+        return {**options, "patches": patches}
+
+    def _note_grid(self, n: Tensor, extra: Options) -> Tensor:
+        layer = (*extra["block"], extra["block_index"])
+        if layer in self.layers:
+            self.grids[layer] = tuple(extra["activations_shape"][-2:])
+        return n
+
+    def read(self) -> Entered:
+        return Entered({layer: self.seen[layer].clone() for layer in self.grids}, dict(self.grids))
+
+
+@dataclass
+class Scsa:
+    """SCSA for one run: `at_level` for every noise level, then calls of the image being made with `options`.
+
+    Attributes:
+        unet: whose blocks these are.
+        layers: see `self_attention_layers`.
+        regions: content and style maps at any resolution.
+        settings: see `attention.scsa.Settings`.
+        seen: of `block_inputs`, while calls are made.
+        fired: how often a block took SCSA's result.
+    """
+
+    unet: nn.Module
+    layers: tuple[Layer, ...]
+    regions: SemanticMap
+    settings: Settings
+    seen: dict[Layer, Tensor]
+    min_places: int = MIN_PLACES
+    fired: int = 0
+    prepared: dict[Layer, Prepared] = field(default_factory=dict)
+    orders: dict[tuple[Grid, Grid], RegionOrder] = field(default_factory=dict)
+    _order_of: dict[Layer, RegionOrder] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def at_level(self, content: Entered, style: Entered, content_map: Entered, style_map: Entered) -> None:
+        """Prepare all blocks for a level, from what entered them for the references at that level."""
+        for layer in self.layers:
+            if layer not in content.tokens:
+                continue
+            grids = content.grids[layer], style.grids[layer]
+            tokens = content.tokens[layer]
+            if grids not in self.orders:
+                self.orders[grids] = order_by_region(self.regions.at(*grids).to(tokens.device), self.min_places)
+            references = References(tokens, style.tokens[layer], content_map.tokens[layer], style_map.tokens[layer])
+            self._order_of[layer] = self.orders[grids]
+            self.prepared[layer] = prepare(self._projections(layer), references, self.orders[grids], self.settings)
+
+    def options(self, base: Options | None = None) -> Options:
+        """`transformer_options` in which the blocks' self-attention is SCSA; `base` is left as it is.
+
+        Patches of the self-attention's output go on working, on SCSA's. Raises ValueError where another one replaces
+        the self-attention of one of the blocks.
+        """
+        options = dict(base or {})
+        self._check_free(options)
+        patches = {k: list(v) for k, v in options.get("patches", {}).items()}
+        patches.setdefault("attn1_patch", []).append(self._one_place)
+        patches["attn1_output_patch"] = [self._replace, *patches.get("attn1_output_patch", [])]
+        return {**options, "patches": patches}
+
+    def _check_free(self, options: Options) -> None:
+        taken = options.get("patches_replace", {}).get("attn1", {})
+        for layer in self.layers:
+            other = taken.get(layer, taken.get(layer[:2]))
+            if other is not None:
+                raise ValueError(
+                    f"SCSA takes the self-attention of {layer[0]} block {layer[1]}, which "
+                    f"{_name(other)} on this MODEL replaces already: only one of the two can have it. Take that node "
+                    "out, or give SCSA other blocks"
+                )
+
+    def _one_place(self, n: Tensor, context: Tensor, value: Tensor, extra: Options) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's own self-attention is thrown away: let it be over one place."""
+        if (*extra["block"], extra["block_index"]) not in self.prepared:
+            return n, context, value
+        return n[:, :1], n[:, :1], n[:, :1]
+
+    def _replace(self, n: Tensor, extra: Options) -> Tensor:
+        layer = (*extra["block"], extra["block_index"])
+        if layer not in self.prepared:
+            return n
+        self.fired += 1
+        with torch.no_grad():  # none would reach x, see attention/scsa.py
+            x = self.seen[layer].detach()
+            return scsa(self._projections(layer), x, self.prepared[layer], self._order_of[layer], self.settings)
+
+    def _projections(self, layer: Layer) -> SelfAttention:
+        block = transformer_block(self.unet, layer)
+        heads = getattr(block, "n_heads", None) or block.attn1.heads
+        attn = block.attn1
+        # Past the hook on the normalisation, which tells what enters the block in the network's own calls.
+        return SelfAttention(block.norm1.forward, attn.to_q, attn.to_k, attn.to_v, attn.to_out, heads)
+
+
+def _name(thing: Any) -> str:
+    return getattr(thing, "__qualname__", type(thing).__qualname__)
