@@ -127,7 +127,7 @@ class _Sampling:
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
 
-    def __call__(self, executor: Callable, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         content = self.patch.pictures.content.clean
         if noise.shape[1:] != content.shape[1:] or len(noise) % len(content):
             raise ValueError(
