@@ -4,14 +4,24 @@ import logging
 from typing import Any
 
 import comfy.samplers
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..samplers.inversion import Inversion
 from ..samplers.replay import replay
+from ..samplers.step_adain import StepAdaIN
 from .batching import fits
 from .inversion import HostModel
 from .models import check_invertible, check_same, identify
+
+
+def check_skip(inversion: Inversion, skip: int) -> None:
+    """Raise ValueError unless the inversion has a step left after `skip` of them."""
+    if not 0 <= skip < inversion.steps:
+        raise ValueError(
+            f"skip must be 0 to {inversion.steps - 1} for this inversion of {inversion.steps} steps, got {skip}"
+        )
 
 
 class ReplayNoise:
@@ -41,15 +51,27 @@ class ReplayNoise:
 
 
 class ReplaySampler(comfy.samplers.Sampler):
-    """The host's SAMPLER that replays an inversion. Holds settings only, so that the host may run it again."""
+    """The host's SAMPLER that replays an inversion. Holds settings only, so that the host may run it again.
+
+    Attributes:
+        skip: noisy steps left out.
+        exact: add the inversion's residual on its last step.
+        adain: takes a reference's statistics after each step, None for none.
+    """
 
     def __init__(
-        self, inversion: Inversion, skip: int = 0, exact: bool = True, allow_other_model: bool = False
+        self,
+        inversion: Inversion,
+        skip: int = 0,
+        exact: bool = True,
+        allow_other_model: bool = False,
+        adain: StepAdaIN | None = None,
     ) -> None:
         self.inversion = inversion
         self.skip = skip
         self.exact = exact
         self.allow_other_model = allow_other_model
+        self.adain = adain
 
     def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
         """Never: the stored latents are `clean + sigma * noise` at the highest level too, without the host's
@@ -68,6 +90,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         check_same(inversion.model, identify(model_wrap.model_patcher), self.allow_other_model)
         inversion.check_fits(noise.shape)
         self._check_start(inversion.find(sigmas))
+        self._check_adain(noise.shape)
         self._note_cfg(model_wrap)
         x = noise * sigmas[0] + latent_image
         mask = None if denoise_mask is None else _mask_by_level(denoise_mask, model_wrap, sigmas, len(x), extra_args)
@@ -81,6 +104,7 @@ class ReplaySampler(comfy.samplers.Sampler):
 
         resident = fits(x, (1 if mask is None else 2) * total)
         settings: dict[str, Any] = {"inversion": inversion, "exact": self.exact, "mask": mask, "resident": resident}
+        settings["after_step"] = self.adain
         with bar:
             return replay(
                 HostModel(model_wrap, inversion.sigmas), x, sigmas, extra_args, report, disable_pbar, **settings
@@ -93,6 +117,17 @@ class ReplaySampler(comfy.samplers.Sampler):
                 "noisy steps set "
                 "skip on the Replay node and use its NOISE, SAMPLER and SIGMAS together"
             )
+
+    def _check_adain(self, shape: torch.Size) -> None:
+        if self.adain is None:
+            return
+        theirs, ours = self.adain.reference.latent_format, self.inversion.latent_format
+        if theirs and ours and theirs != ours:
+            raise ValueError(
+                f"AdaIN's reference is a latent of the kind {theirs}, the replayed inversion one of the kind {ours}: "
+                "their channels mean different things. Invert the reference with a model of the same family"
+            )
+        self.adain.check_fits(shape)
 
     def _note_cfg(self, guider: Any) -> None:
         cfg = getattr(guider, "cfg", None)

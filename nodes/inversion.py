@@ -5,12 +5,15 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..attention.regions import SemanticMap
 from ..host.inversion import Task, invert_ddim, invert_ddpm
-from ..host.replay import ReplayNoise, ReplaySampler
+from ..host.replay import ReplayNoise, ReplaySampler, check_skip
 from ..samplers.inversion import Inversion
+from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
 from .files import LoadInversion, SaveInversion
 from .schema import schema
 from .types import Inversion as InversionSocket
+from .types import SemanticMap as SemanticMapSocket
 
 CATEGORY = "semantic_style/inversion"
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -51,6 +54,19 @@ def _shared_inputs(steps: int, scheduler: str, cfg: float) -> list[Any]:
 def _seed_input(tooltip: str) -> Any:
     # Without the control that draws a new seed after every run: it would invert anew each time.
     return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=False, tooltip=tooltip)
+
+
+def adain_start_input() -> Any:
+    return io.Float.Input(
+        "adain_start",
+        default=round(PUBLISHED_START, 3),
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        round=0.001,
+        optional=True,
+        tooltip="Part of the steps before the first AdaIN: a third as published, 0 from the first step on, 1 never.",
+    )
 
 
 def _inversion_output() -> Any:
@@ -167,6 +183,19 @@ class Replay(io.ComfyNode):
                     tooltip="Replay on another checkpoint of the same architecture. Patches such as LoRAs need no "
                     "permission.",
                 ),
+                InversionSocket.Input(
+                    "adain_reference",
+                    optional=True,
+                    tooltip="A picture whose colours are taken over step by step: after each step the latent gets the "
+                    "channel means and deviations of this inversion at the same noise level. Its size may differ.",
+                ),
+                adain_start_input(),
+                SemanticMapSocket.Input(
+                    "semantic_map",
+                    optional=True,
+                    tooltip="Lets AdaIN work region by region. Content: the picture that is replayed; style: the "
+                    "adain_reference.",
+                ),
             ],
             outputs=[
                 io.Noise.Output(display_name="noise", tooltip="The inversion's own noise at its first level."),
@@ -181,19 +210,27 @@ class Replay(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, inversion: Inversion, skip: int, exact: bool, start: dict | None = None, allow_other_model: bool = False
+        cls,
+        inversion: Inversion,
+        skip: int,
+        exact: bool,
+        start: dict | None = None,
+        allow_other_model: bool = False,
+        adain_reference: Inversion | None = None,
+        adain_start: float = PUBLISHED_START,
+        semantic_map: SemanticMap | None = None,
     ) -> io.NodeOutput:
-        if not 0 <= skip < inversion.steps:
-            raise ValueError(
-                f"skip must be 0 to {inversion.steps - 1} for this inversion of {inversion.steps} steps, got {skip}"
-            )
+        check_skip(inversion, skip)
         beginning = None
         if start is not None:
             inversion.check_fits(start["samples"].shape)
             beginning = inversion.to_inner(start["samples"].to(inversion.clean))
+        adain = None
+        if adain_reference is not None:
+            adain = StepAdaIN(adain_reference, inversion.steps, adain_start, semantic_map)
         return io.NodeOutput(
             ReplayNoise(inversion, skip, beginning),
-            ReplaySampler(inversion, skip, exact, allow_other_model),
+            ReplaySampler(inversion, skip, exact, allow_other_model, adain),
             inversion.sigmas[skip:].clone(),
             {"samples": inversion.to_outer(inversion.clean)},
         )

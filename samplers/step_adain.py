@@ -41,13 +41,17 @@ class StepAdaIN:
                 raise ValueError(f"AdaIN's {name} must lie between 0 and 1, got {value}")
 
     def check_fits(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError unless latents of `shape` [B, C, *S] can take this reference's statistics."""
+        """Raise ValueError unless latents of `shape` [B, C, *S] can take this reference's statistics, by the regions if
+        there are any.
+        """
         theirs = self.reference.clean.shape
         if theirs[1] != shape[1] or theirs[0] not in (1, shape[0]):
             raise ValueError(
                 f"AdaIN's reference holds a latent {list(theirs)} (batch, channels, size), the one being made is "
                 f"{list(shape)}: it needs as many channels, and one picture or as many as are being made"
             )
+        # Tried once, so that maps that do not fit are not found out about in the middle of a run.
+        adain_latents(self.reference.clean.new_zeros(shape), self.reference.clean, self.regions)
 
     def __call__(self, x: Tensor, step: int, sigma: Tensor) -> Tensor:
         if step < round(self.start * self.steps):
