@@ -8,3 +8,5 @@ Inversion = io.Custom("INVERSION")
 LabelMap = io.Custom("LABEL_MAP")
 # attention.regions.SemanticMap
 SemanticMap = io.Custom("SEMANTIC_MAP")
+# samplers.guidance.Energy
+Energy = io.Custom("ENERGY")

@@ -16,9 +16,12 @@ import semantic_style
 # Public: these names are in users' files. Add, never change or remove.
 NODE_IDS = {
     "SemanticStyleAdaIN",
+    "SemanticStyleCombineEnergies",
     "SemanticStyleDDIMInversion",
     "SemanticStyleDDPMInversion",
+    "SemanticStyleEnergyGuider",
     "SemanticStyleInversionLatent",
+    "SemanticStyleKSampler",
     "SemanticStyleLoadInversion",
     "SemanticStyleMapFromLabels",
     "SemanticStylePaperlandClip",
@@ -28,6 +31,7 @@ NODE_IDS = {
     "SemanticStylePaperlandScene",
     "SemanticStyleReplay",
     "SemanticStyleSaveInversion",
+    "SemanticStyleSemantixEnergy",
 }
 
 
