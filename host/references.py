@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ..samplers.features import Attend, Features, FeatureTap, Layer
 from ..samplers.guidance import NOT_SEEN, Frames, Key, Stream
+from ..samplers.inversion import Inversion
+from .batching import fits
 
 # In `transformer_options`: this call is for a reference, attention patches of this pack let it through.
 REFERENCE = "semantic_style_reference"
@@ -130,6 +132,7 @@ class References:
         self.blocks, self.layers, self.attend = blocks, layers, attend
         self.cache = cache if cache is not None and _is_plain(guider) else None
         self.conds: dict[Key, list[dict]] = {}
+        self.resident: dict[Key, Inversion] = {}
         self.keys: dict[Key, tuple[Hashable, ...]] = {}
         self.forwards = self.reused = 0
         if self.cache is not None:
@@ -169,12 +172,20 @@ class References:
         return found
 
     def _rows(self, stream: Stream, level: float, x: Tensor, frames: Frames) -> Tensor:
-        latent = stream.inversion.at(level).to(x)
+        latent = self._resident(stream, x).at(level).to(x)
         if len(latent) == 1 or frames is None:
             # A motion model takes the rows of a call for the frames of one clip: a still clip of the one picture.
             still = len(latent) == 1 and _has_motion(self.guider)
             return latent.expand(len(x), *latent.shape[1:]).clone() if still else latent
         return latent[list(frames)]
+
+    def _resident(self, stream: Stream, x: Tensor) -> Inversion:
+        """The stream's inversion on the device, copied there once where it is small beside the free memory."""
+        if stream.key not in self.resident:
+            inversion = stream.inversion
+            small = fits(inversion.clean.to(x), 2 * inversion.steps + 2)
+            self.resident[stream.key] = inversion.to(x.device) if small else inversion
+        return self.resident[stream.key]
 
     def _conds(self, key: Key, stream: Stream, x: Tensor) -> list[dict]:
         """A stream's own prompt as the host prepares conditioning for a latent of the stream's size."""

@@ -104,6 +104,8 @@ class StyleTerm(Term):
     regions: SemanticMap | None = None
 
     name: ClassVar[str] = "style"
+    # The maps on the grids that were asked for, so that steps after the first neither resample nor copy them.
+    _resampled: dict[tuple, SemanticMap] = field(default_factory=dict, init=False, repr=False)
 
     def check_fits(self, shape: tuple[int, ...]) -> None:
         if self.regions is None:
@@ -121,12 +123,21 @@ class StyleTerm(Term):
             )
 
     def value(self, out: Features, other: Features, frames: Frames) -> Tensor:
-        regions = None if self.regions is None else _regions_of(self.regions, frames)
         energies = []
         for f, reference in zip(out.stages, other.stages, strict=True):
+            regions = self._regions(f, reference, frames)
             matches = find_matches(f.detach(), reference, self.position_weight, regions)
             energies.append(style_feature_energy(f, reference, matches))
         return _mean(energies)
+
+    def _regions(self, f: Tensor, reference: Tensor, frames: Frames) -> SemanticMap | None:
+        if self.regions is None:
+            return None
+        key = (f.shape[2:], reference.shape[2:], f.device, frames)
+        if key not in self._resampled:
+            grids = (f.shape[2], f.shape[3]), (reference.shape[2], reference.shape[3])
+            self._resampled[key] = _regions_of(self.regions, frames).at(*grids).to(f.device)
+        return self._resampled[key]
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 # In image sides: long enough that the code of two places is the less alike the farther they are apart, anywhere in the
 # image.
-DEFAULT_PERIODS = (4.0, 2.0)
+DEFAULT_PERIODS = (3.0,)
 
 
 def position_code(
@@ -41,13 +41,14 @@ def position_code(
     """
     _check(channels, size, periods)
     h, w = size
-    # In float64 and on the CPU, so that the code is the same on every device.
-    turns = 2 * math.pi / torch.tensor(periods, dtype=torch.float64)[:, None]
-    y, x = (turns * (torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (h, w))
+    # Made where it is used (it is asked for at every step), in float64 where that exists, so that devices agree.
+    exact = {"dtype": torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64, "device": device}
+    turns = 2 * math.pi / torch.tensor(periods, **exact)[:, None]
+    y, x = (turns * (torch.arange(n, **exact) + 0.5) / n for n in (h, w))
     rows, columns = (torch.stack([a.sin(), a.cos()], dim=1) for a in (y, x))  # [periods, 2, h or w]
     wave = torch.cat([columns[:, :, None, :].expand(-1, -1, h, -1), rows[:, :, :, None].expand(-1, -1, -1, w)], dim=1)
     repeats = channels // (4 * len(periods))
-    code = torch.zeros(channels, h, w, dtype=torch.float64)
+    code = torch.zeros(channels, h, w, **exact)
     # Every sine/cosine pair has length 1, and there are two of them for each period.
     code[: repeats * 4 * len(periods)] = wave.flatten(0, 1).repeat(repeats, 1, 1) / math.sqrt(
         2 * len(periods) * repeats
