@@ -1,6 +1,7 @@
 """Replaying an inversion with the host's SamplerCustomAdvanced: its NOISE and SAMPLER."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -104,7 +105,7 @@ class ReplaySampler(comfy.samplers.Sampler):
 
         resident = fits(x, (1 if mask is None else 2) * total)
         settings: dict[str, Any] = {"inversion": inversion, "exact": self.exact, "mask": mask, "resident": resident}
-        settings["after_step"] = self.adain
+        settings["after_step"] = self._resident_adain(x)
         with bar:
             return replay(
                 HostModel(model_wrap, inversion.sigmas), x, sigmas, extra_args, report, disable_pbar, **settings
@@ -128,6 +129,14 @@ class ReplaySampler(comfy.samplers.Sampler):
                 "their channels mean different things. Invert the reference with a model of the same family"
             )
         self.adain.check_fits(shape)
+
+    def _resident_adain(self, x: Tensor) -> StepAdaIN | None:
+        """With its reference on the device, copied there once where it is small beside the free memory."""
+        if self.adain is None:
+            return None
+        reference = self.adain.reference
+        small = fits(reference.clean.to(x), 2 * reference.steps + 2)
+        return replace(self.adain, reference=reference.to(x.device)) if small else self.adain
 
     def _note_cfg(self, guider: Any) -> None:
         cfg = getattr(guider, "cfg", None)
