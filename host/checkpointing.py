@@ -15,7 +15,8 @@ from .inference_tensors import ordinary
 
 # Set in the `transformer_options` of the second run.
 RECOMPUTE = "semantic_style_recompute"
-_BLOCKS = ("ResBlock", "BasicTransformerBlock", "TransformerBlock")
+# The host's, the demo model's, AnimateDiff-Evolved's.
+_BLOCKS = ("ResBlock", "BasicTransformerBlock", "TransformerBlock", "VanillaTemporalModule")
 
 
 @contextmanager
@@ -70,8 +71,8 @@ def _checkpointed(block: nn.Module, forward: Callable, around: Callable[[], Abst
             if first:
                 first = False
                 return forward(*args, **kwargs)
-            args = tuple(_again(options[i]) if i in options else value for i, value in enumerate(args))
-            kwargs = {k: _again(options[k]) if k in options else value for k, value in kwargs.items()}
+            args = tuple({**options[i], RECOMPUTE: True} if i in options else value for i, value in enumerate(args))
+            kwargs = {k: {**options[k], RECOMPUTE: True} if k in options else value for k, value in kwargs.items()}
             with around(), _put_in(weights):
                 return forward(*args, **kwargs)
 
@@ -90,10 +91,6 @@ def _snapshot(options: dict) -> dict:
     return {
         k: _snapshot(v) if isinstance(v, dict) else v.copy() if isinstance(v, list) else v for k, v in options.items()
     }
-
-
-def _again(options: dict) -> dict:
-    return {**_snapshot(options), RECOMPUTE: True}
 
 
 @contextmanager

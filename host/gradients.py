@@ -88,7 +88,11 @@ def _differentiable_attention(before: Callable | None) -> Callable:
 
 
 class _Call:
-    """APPLY_MODEL wrapper of one `differentiable` context."""
+    """APPLY_MODEL wrapper of one `differentiable` context.
+
+    Tensors that only turn up during the call (made lazily, or by somebody's patch) may be inference tensors. Looking
+    for them at every operation would slow every call down, so a call that fails on one is made again, looking.
+    """
 
     def __init__(self, patcher: "ModelPatcher", modules: list[nn.Module]) -> None:
         self.patcher = patcher
@@ -110,7 +114,6 @@ class _Call:
 
     def _run(self, executor: Callable, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         with self.around():
-            # The network takes a ControlNet's outputs off their lists.
             # The network takes a ControlNet's outputs off their lists; a second call needs them again.
             out = executor(*map(_fresh_lists, args), **{k: _fresh_lists(v) for k, v in kwargs.items()})
         if torch.is_grad_enabled():
@@ -134,7 +137,7 @@ def _fresh_lists(value: Any) -> Any:
 
 def _reuses_memory(modules: list[nn.Module]) -> bool:
     """Whether this host may cast weights into memory that it uses again within the call (0.38's dynamic VRAM)."""
-    if not hasattr(comfy.model_management, "get_cast_buffer"):
+    if not any(hasattr(comfy.model_management, name) for name in ("get_cast_buffer", "get_aimdo_cast_buffer")):
         return False
     return any(
         hasattr(part, "_v") or getattr(part, "comfy_cast_weights", False) for root in modules for part in root.modules()
@@ -180,6 +183,9 @@ class _ConstantControl:
         return ordinary(control)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            # What Python looks for when it copies objects must not be taken from another one.
+            raise AttributeError(name)
         return getattr(self.__dict__["_control"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,6 +1,8 @@
 """Gradients through the host's own model call, inside its own guider, on small random UNets shaped like SD1.5."""
 
 import collections
+import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import comfy.cldm.cldm
@@ -14,6 +16,8 @@ import comfy.samplers
 import pytest
 import torch
 from semantic_style.benchmarks.models import conditioning, sd15_config, small_sd15
+from semantic_style.demo.unet import PaperlandUNet, UNetConfig
+from semantic_style.host.checkpointing import checkpointed
 from semantic_style.host.gradients import RECOMPUTE, constant_controls, differentiable, ordinary
 from semantic_style.samplers.features import feature_blocks
 
@@ -116,6 +120,7 @@ def guided(model, body, positive=POSITIVE, dtype=torch.float32, shape=(1, 4, 8, 
         comfy.samplers.sampler_object("euler"),
         torch.tensor([SIGMA, 0.0]),
         disable_pbar=True,
+        seed=0,
     )
     return guider.result
 
@@ -474,6 +479,27 @@ def test_checkpointing_gives_the_same_gradient_and_keeps_less(model):
     guided(model, body, shape=(1, 4, 16, 16))
 
 
+def test_checkpointing_of_the_network_without_the_host():
+    recorder = Recorder()
+    recorder.place = ("output", 3, 0)
+    with torch.inference_mode(False):
+        torch.manual_seed(0)
+        network = PaperlandUNet(UNetConfig(channels_in=4, channels=32, context_channels=16)).requires_grad_(False)
+        x, t, context = (draw(2, 4, 8, 12), torch.tensor([500.0, 20.0]), draw(2, 5, 16).float())
+        results = []
+        for context_manager in (nullcontext(), checkpointed(network)):
+            x = x.detach().float().requires_grad_()
+            options = {"patches_replace": {"attn2": {recorder.place: recorder}}}
+            with context_manager, saved() as count:
+                out = network(x, t, context, options)
+                (g,) = torch.autograd.grad(out.square().sum() + recorder.maps[-1].square().sum(), x)
+            results.append((g, count.bytes))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[1][1] < 0.5 * results[0][1]
+    assert (len(recorder.maps), recorder.again) == (2, 1)
+    assert len(set(recorder.places)) == 1
+
+
 def test_hooks_of_others_are_not_run_twice_without_checkpointing(model):
     calls = []
     hooked = model.clone()
@@ -541,6 +567,7 @@ def test_stand_ins_of_controls_share_the_state_and_are_one_per_object():
     assert first[1] == {"uuid": 2}
     first[0]["control"].strength = 0.5
     assert control.strength == 0.5
+    assert copy.copy(first[0]["control"]).strength == 0.5
     assert conds["positive"][0]["control"] is control
     assert constant_controls(conds)["negative"][0]["control"].strength == 0.5
 
@@ -548,13 +575,12 @@ def test_stand_ins_of_controls_share_the_state_and_are_one_per_object():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_inference_tensors_that_turn_up_during_the_call(model, checkpointing):
     """A patch of somebody else with a tensor that a node made, and weights that a layer makes when it is called."""
-    factor = 1 + 0.3 * draw(1, 1, 32).float()
+    factor = 1 + 0.3 * draw(1, 1, 64).float()
     assert factor.is_inference()
     patched = model.clone()
-    patched.set_model_attn1_output_patch(lambda n, extra: n * factor if n.shape[-1] == 32 else n)
-    residual = draw(1, 32, 8, 8, seed=2).float()
-    # The network takes what it adds off these lists.
-    control = Frozen({"input": [], "middle": [], "output": [residual] * 3})
+    patched.set_model_attn1_output_patch(lambda n, extra: n * factor if extra["block"] == ("output", 7) else n)
+    # The network takes what it adds off these lists, this before the patch fails.
+    control = Frozen({"input": [], "middle": [], "output": [None] * 5 + [draw(1, 64, 4, 4).float()] + [None] * 6})
     calls = []
 
     def wrapper(apply, args):
