@@ -597,12 +597,12 @@ def test_inference_tensors_that_turn_up_during_the_call(model, checkpointing):
     guided(patched, body)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_weights_cast_into_memory_that_the_host_uses_again(model, checkpointing, monkeypatch):
-    """As dynamic VRAM does: each layer's weights lie in one buffer, made in inference mode, during its call only."""
+@pytest.mark.parametrize(("checkpointing", "inference"), [(False, True), (False, False), (True, True)])
+def test_weights_cast_into_memory_that_the_host_uses_again(model, checkpointing, inference, monkeypatch):
+    """As dynamic VRAM does: each layer's weights lie in one buffer during its call only."""
     expected = gradient(model)
-    buffer = torch.empty(2**20)
-    assert buffer.is_inference()
+    with torch.inference_mode(inference):
+        buffer = torch.empty(2**20)
 
     def cast(layer, input=None, **_):
         used, out = 0, []
