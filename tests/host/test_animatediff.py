@@ -20,6 +20,7 @@ from semantic_style.benchmarks.models import conditioning, small_sd15
 from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.references import ReferenceCache
 from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, Replay
+from semantic_style.nodes.semantix import KSampler
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
 FOLDER = "comfyui-animatediff-evolved"
@@ -310,8 +311,8 @@ def semantix(context, reference, weight=1.0):
     return Energy((StyleTerm(style, 6 * weight), SpatialTerm(kept, 3 * weight), SemanticTerm(kept, 5 * weight)))
 
 
-def guided(model, energy, cache=None):
-    return EnergyGuider(model, POSITIVE, NEGATIVE, CFG, energy, cache=cache)
+def guided(model, energy, cache=None, **settings):
+    return EnergyGuider(model, POSITIVE, NEGATIVE, CFG, energy, cache=cache, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -360,9 +361,9 @@ class OneFrame(SpatialTerm):
         return super().value(out, other, frames) * (at == 0)
 
 
-def guidance(model, energy, image, sigma=2.0):
+def guidance(model, energy, image, sigma=2.0, **settings):
     """g [F, 4, H, W] and the report of a guider at the latent itself."""
-    guider = guided(model, energy)
+    guider = guided(model, energy, **settings)
     (plain,) = CFGGuider().get_guider(model, POSITIVE, NEGATIVE, CFG)
     g = (predict(plain, image, sigma) - predict(guider, image, sigma)) / sigma
     return g, guider.report
@@ -431,3 +432,22 @@ def test_an_image_reference_is_a_still_clip(peer, plain, motion, context):
     model = animated(peer, plain, motion)
     still, moving = (guidance(model, semantix(context, r, 0.1), latent(seed=9))[0] for r in (image, video))
     assert torch.allclose(still, moving, atol=1e-5)
+
+
+def test_checkpointing_gives_the_same_guidance(peer, plain, motion, context):
+    model = animated(peer, plain, motion, "static windows")
+    energy = semantix(context, context, 0.1)
+    kept, again = (guidance(model, energy, latent(seed=9), checkpointing=c)[0] for c in (False, True))
+    assert kept.abs().max() > 0.01
+    assert torch.allclose(again, kept, atol=1e-5)
+
+
+def test_the_node_restyles_a_clip(peer, plain, motion, context):
+    model = animated(peer, plain, motion, "static windows")
+    reference = invert(plain, latent(1, seed=5), steps=2)
+    setting = "published for video"
+    result = KSampler.execute(model, POSITIVE, NEGATIVE, context, reference, CFG, setting, 0.0, 0.0, 0.0, 0.0).args
+    out = result[0]["samples"]
+    assert out.shape == (FRAMES, 4, 8, 8)
+    assert torch.isfinite(out).all()
+    assert error(out, latent()) > 0.05
