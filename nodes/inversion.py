@@ -59,11 +59,10 @@ def _seed_input(tooltip: str) -> Any:
 def adain_start_input() -> Any:
     return io.Float.Input(
         "adain_start",
-        default=round(PUBLISHED_START, 3),
+        default=0.33,
         min=0.0,
         max=1.0,
         step=0.01,
-        round=0.001,
         optional=True,
         tooltip="Part of the steps before the first AdaIN: a third as published, 0 from the first step on, 1 never.",
     )

@@ -51,7 +51,7 @@ def _inversion_inputs() -> list[Any]:
 
 def _weight_inputs() -> list[Any]:
     def weight(name: str, default: float, tooltip: str) -> Any:
-        return io.Float.Input(name, default=default, min=0.0, max=1000.0, step=0.1, round=0.001, tooltip=tooltip)
+        return io.Float.Input(name, default=default, min=0.0, max=1000.0, step=0.05, tooltip=tooltip)
 
     published = "; ".join(
         f"{name}: {w.style:g}, {w.spatial:g}, {w.semantic:g}, {w.position:g}" for name, w in PUBLISHED.items()
@@ -88,9 +88,7 @@ def _weight_inputs() -> list[Any]:
 
 def _range_inputs(optional: bool) -> list[Any]:
     def part(name: str, default: float, tooltip: str) -> Any:
-        return io.Float.Input(
-            name, default=default, min=0.0, max=1.0, step=0.01, round=0.001, optional=optional, tooltip=tooltip
-        )
+        return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, optional=optional, tooltip=tooltip)
 
     return [
         part("start_percent", 0.0, "Where the energy begins to act: 0 is the noisiest level."),
