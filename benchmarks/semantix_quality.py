@@ -80,6 +80,15 @@ def variants(g_ref: float, g_c: float, g_reg: float, position: float, adain: flo
     }
 
 
+def only_regions(caption: str) -> str:
+    """A caption without its colours and textures: what is there, not what it looks like."""
+    return ", ".join(phrase.rsplit(" ", 1)[-1] for phrase in caption.split(", "))
+
+
+# What the picture is inverted and made with, of the context's caption.
+PROMPTS: dict[str, Callable[[str], str]] = {"caption": str, "regions": only_regions, "empty": lambda caption: ""}
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Contexts, references and ideals (the contexts' layouts in the references' styles), in that order alike."""
@@ -105,9 +114,10 @@ def pairs_of(numbers: Sequence[int]) -> Pairs:
 class Prepared:
     """Inversions of a batch of pairs, and features of its references, filled in by the first run that needs them."""
 
-    def __init__(self, model: Paperland, pairs: Pairs, steps: int, cfg: float = CFG) -> None:
+    def __init__(self, model: Paperland, pairs: Pairs, steps: int, prompt: str = "regions", cfg: float = CFG) -> None:
         self.model, self.pairs, self.cfg = model, pairs, cfg
-        self.positive, self.negative = model.text(pairs.contexts.captions), model.text([""])
+        captions = [PROMPTS[prompt](caption) for caption in pairs.contexts.captions]
+        self.positive, self.negative = model.text(captions), model.text([""])
         self.sigmas = paperland.sigmas_normal(steps)
         guided = model.guided(self.positive, self.negative, cfg)
         self.context = self._inverted(guided, pairs.contexts, 0)
@@ -188,7 +198,12 @@ class Judge:
 
 
 def run_batch(
-    model: Paperland, numbers: Sequence[int], settings: dict[str, Setting], steps: int, tell: Callable[[str], None]
+    model: Paperland,
+    numbers: Sequence[int],
+    settings: dict[str, Setting],
+    steps: int,
+    prompt: str,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """All variants of a batch: figures, seconds per pair, what the guidance did, and pictures as bytes."""
     pairs = pairs_of(numbers)
@@ -198,7 +213,7 @@ def run_batch(
     seconds: dict[str, float] = {}
     guidance: dict[str, dict[str, float]] = {}
     start = time.perf_counter()
-    prepared = Prepared(model, pairs, steps)
+    prepared = Prepared(model, pairs, steps, prompt)
     seconds["inversions"] = (time.perf_counter() - start) / len(numbers)
     tell("inverted")
     for name, setting in settings.items():
@@ -218,7 +233,7 @@ def run_batch(
 def fingerprint(arguments: argparse.Namespace, settings: dict[str, Setting]) -> str:
     """Of everything that a batch's results depend on but the code."""
     weights = hashlib.sha256(arguments.checkpoint.read_bytes()).hexdigest()
-    parts = [weights, arguments.steps, {name: asdict(s) for name, s in settings.items()}]
+    parts = [weights, arguments.steps, arguments.prompt, {name: asdict(s) for name, s in settings.items()}]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -232,29 +247,40 @@ def batch_file(arguments: argparse.Namespace, numbers: range, mark: str) -> Path
 
 
 def work(arguments: argparse.Namespace, settings: dict[str, Setting], worker: int) -> None:
-    """Every `workers`-th batch that is not there yet."""
+    """Batches that are not there yet, one after another, beside other workers."""
     torch.set_num_threads(1)
     mark = fingerprint(arguments, settings)
-    mine = [b for b in batches(arguments)[worker :: arguments.workers] if not batch_file(arguments, b, mark).exists()]
     model = paperland.load(arguments.checkpoint)
-    start, parts, total = time.perf_counter(), 0, len(mine) * (len(settings) + 1)
-    for numbers in mine:
+    for numbers in batches(arguments):
+        path = batch_file(arguments, numbers, mark)
+        if path.exists() or not _claimed(path):
+            continue
+        start, parts, total = time.perf_counter(), 0, len(settings) + 1
 
-        def tell(what: str, numbers: range = numbers) -> None:
+        def tell(what: str, numbers: range = numbers, start: float = start, total: int = total) -> None:
             nonlocal parts
             parts += 1
             gone = time.perf_counter() - start
-            left = gone / parts * (total - parts)
+            done = sum(batch_file(arguments, b, mark).exists() for b in batches(arguments))
+            to_do = (len(batches(arguments)) - done) / arguments.workers
             print(
-                f"worker {worker}: pairs {numbers.start}-{numbers[-1]}, {what}; {parts}/{total}, {gone:.0f} s gone, "
-                f"about {left:.0f} s left",
+                f"worker {worker}: pairs {numbers.start}-{numbers[-1]}, {what}; {parts}/{total} of this batch in "
+                f"{gone:.0f} s, {done} batches done, about {gone / parts * total * to_do / 60:.1f} min for the others",
                 flush=True,
             )
 
-        path = batch_file(arguments, numbers, mark)
-        result = run_batch(model, numbers, settings, arguments.steps, tell)
+        result = run_batch(model, numbers, settings, arguments.steps, arguments.prompt, tell)
         torch.save(result, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
+
+
+def _claimed(path: Path) -> bool:
+    """Whether the batch is this worker's: the first to make its mark takes it."""
+    try:
+        path.with_suffix(".claim").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -290,6 +316,7 @@ def gather(arguments: argparse.Namespace, settings: dict[str, Setting]) -> dict[
         "first_pair": arguments.first,
         "steps": arguments.steps,
         "cfg": CFG,
+        "prompt": arguments.prompt,
         "settings": {name: asdict(s) for name, s in settings.items()},
         "seconds_per_pair": {name: averaged("seconds", name) for name in found[0]["seconds"]},
         "guidance": {
@@ -350,6 +377,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--weights", type=float, nargs=4, default=PUBLISHED, metavar=("REF", "C", "REG", "LAMBDA"))
     parser.add_argument("--adain", type=float, default=PUBLISHED_START, help="part of the run before AdaIN")
+    parser.add_argument("--prompt", choices=list(PROMPTS), default="regions", help="of the picture, from its caption")
     parser.add_argument("--checkpoint", type=Path, default=paperland.WEIGHTS)
     parser.add_argument("--only", nargs="+", help="only these variants; full is always there")
     parser.add_argument("--out", type=Path, default=Path("output/semantix_quality"))
@@ -361,6 +389,9 @@ def main() -> None:
         settings["full, published weights"] = variants(*PUBLISHED, PUBLISHED_START)["full"]
     if arguments.only:
         settings = {name: s for name, s in settings.items() if name == "full" or name in arguments.only}
+    if arguments.worker is None:
+        for left_behind in arguments.out.glob("*.claim"):
+            left_behind.unlink()
     if arguments.worker is not None or arguments.workers == 1:
         work(arguments, settings, arguments.worker or 0)
     else:
