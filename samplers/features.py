@@ -192,7 +192,9 @@ class FeatureTap:
         condition that was stacked in each call.
         """
         seen = []
-        for call in (call for call in self.calls if call.size == tuple(size)):
+        # A call that failed half-way and was made again leaves an entry without all stages.
+        whole_calls = [c for c in self.calls if c.size == tuple(size) and len(c.stages) == len(self.blocks)]
+        for call in whole_calls:
             whole = Features(
                 tuple(call.stages[b] for b in self.blocks),
                 tuple(torch.stack([call.maps[layer] for layer in stage]).mean(dim=0) for stage in self.layers if stage),
