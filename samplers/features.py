@@ -193,14 +193,14 @@ class FeatureTap:
         """
         seen = []
         # A call that failed half-way and was made again leaves an entry without all stages.
-        whole_calls = [c for c in self.calls if c.size == tuple(size) and len(c.stages) == len(self.blocks)]
-        for call in whole_calls:
+        finished = [c for c in self.calls if c.size == tuple(size) and len(c.stages) == len(self.blocks)]
+        for call in finished:
             whole = Features(
                 tuple(call.stages[b] for b in self.blocks),
                 tuple(torch.stack([call.maps[layer] for layer in stage]).mean(dim=0) for stage in self.layers if stage),
             )
-            size = whole.count // call.chunks
-            seen += [whole.rows(slice(i * size, (i + 1) * size)) for i in range(call.chunks)]
+            each = whole.count // call.chunks
+            seen += [whole.rows(slice(i * each, (i + 1) * each)) for i in range(call.chunks)]
         self.calls.clear()
         return seen
 

@@ -160,6 +160,25 @@ def test_stacked_conditions_are_told_apart(model, prompts):
     assert torch.allclose(seen[1].maps[0], features(model, x, SIGMA, prompts[1]).maps[0], atol=1e-6)
 
 
+def test_calls_of_areas_and_calls_that_failed_are_left_out(model, prompts):
+    tap = taps(model)
+    sigma = torch.tensor([SIGMA], dtype=torch.float64)
+
+    def fails(h, skip, options):
+        if options["block"][1] == 3:
+            raise RuntimeError("somebody's patch")
+        return h, skip
+
+    for size in ((8, 12), (8, 8), (8, 12)):
+        model(random(1, 48, *size), sigma, prompts[0], tap.options())
+    with pytest.raises(RuntimeError, match="somebody"):
+        base = {"patches": {"output_block_patch": [fails]}}
+        model(random(1, 48, 8, 12), sigma, prompts[0], tap.options(base))
+    seen = tap.read((8, 12))
+    assert [tuple(s.stages[1].shape[2:]) for s in seen] == [(8, 12), (8, 12)]
+    assert tap.calls == []
+
+
 def test_the_cut_keeps_the_gradient_of_features_and_leaves_no_graph_behind_them(model, prompts):
     gradients = []
     for cut in (False, True):
