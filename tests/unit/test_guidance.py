@@ -171,8 +171,8 @@ def test_calls_of_areas_and_calls_that_failed_are_left_out(model, prompts):
 
     for size in ((8, 12), (8, 8), (8, 12)):
         model(random(1, 48, *size), sigma, prompts[0], tap.options())
+    base = {"patches": {"output_block_patch": [fails]}}
     with pytest.raises(RuntimeError, match="somebody"):
-        base = {"patches": {"output_block_patch": [fails]}}
         model(random(1, 48, 8, 12), sigma, prompts[0], tap.options(base))
     seen = tap.read((8, 12))
     assert [tuple(s.stages[1].shape[2:]) for s in seen] == [(8, 12), (8, 12)]
