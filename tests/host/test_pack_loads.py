@@ -16,6 +16,7 @@ import semantic_style
 # Public: these names are in users' files. Add, never change or remove.
 NODE_IDS = {
     "SemanticStyleAdaIN",
+    "SemanticStyleApplySCSA",
     "SemanticStyleCombineEnergies",
     "SemanticStyleDDIMInversion",
     "SemanticStyleDDPMInversion",
@@ -23,6 +24,7 @@ NODE_IDS = {
     "SemanticStyleInversionLatent",
     "SemanticStyleKSampler",
     "SemanticStyleLoadInversion",
+    *("SemanticStyleMapFromColors", "SemanticStyleMapFromMasks", "SemanticStylePreviewMap"),
     "SemanticStyleMapFromLabels",
     "SemanticStylePaperlandClip",
     "SemanticStylePaperlandEncode",
