@@ -39,6 +39,7 @@ class Task:
         latent: [B, C, *S] in the host's coordinates.
         steps, scheduler: of the host's schedulers.
         cfg: guidance scale. seed: of the noise, and for models whose conditioning uses one.
+        sigmas: [N+1] levels in place of the scheduler's, None for those.
     """
 
     model: "ModelPatcher"
@@ -49,6 +50,7 @@ class Task:
     scheduler: str
     cfg: float
     seed: int
+    sigmas: Tensor | None = None
 
 
 class HostModel:
@@ -100,11 +102,12 @@ def make_sigmas(model: "ModelPatcher", scheduler: str, steps: int) -> Tensor:
     return sigmas
 
 
-def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True) -> Inversion:
+def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True, same_noise: bool = False) -> Inversion:
     """Edit-friendly DDPM inversion through the host (see `samplers.ddpm_inversion`), on the CPU when done.
 
     Args:
         batch_steps: noise levels per model call; 0 chooses by free memory and device.
+        same_noise: all pictures of the batch get one noise, so that edits of a video's frames differ less.
     Raises:
         ValueError: a model, latent or setting that cannot be inverted, before any model call.
         FloatingPointError: a prediction that is not finite.
@@ -117,6 +120,10 @@ def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True) ->
         store = None if fits(clean, 2 * n) else comfy.model_management.intermediate_device()
         per_call = levels_per_call(model.guider, clean, n, batch_steps)
         settings: dict[str, Any] = {"seed": task.seed, "keep_residual": keep_residual, "store": store}
+        if same_noise:
+            generator = torch.Generator("cpu").manual_seed(task.seed)
+            one = torch.randn((n, 1, *clean.shape[1:]), generator=generator, dtype=clean.dtype)
+            settings["noise"] = one.expand(n, *clean.shape)
         settings.update(extra_args=extra_args, callback=callback)
         while True:
             try:
@@ -149,7 +156,7 @@ def invert_ddim(task: Task, refine: int = 0) -> Inversion:
     return _run(task, run, calls_per_step=1 + refine)
 
 
-class _InversionSampler(comfy.samplers.Sampler):
+class InversionSampler(comfy.samplers.Sampler):
     """A host sampler that inverts instead of sampling. One object for one run: it keeps the run's result."""
 
     def __init__(self, run: Callable[..., Inversion]) -> None:
@@ -175,11 +182,11 @@ def _run(task: Task, run: Callable[..., Inversion], calls_per_step: int) -> Inve
     check_invertible(task.model)
     latent = comfy.sample.fix_empty_latent_channels(task.model, task.latent)
     check_channels(task.model, latent)
-    sigmas = make_sigmas(task.model, task.scheduler, task.steps)
+    sigmas = make_sigmas(task.model, task.scheduler, task.steps) if task.sigmas is None else task.sigmas.cpu()
     guider = comfy.samplers.CFGGuider(task.model)
     guider.set_conds(task.positive, task.negative)
     guider.set_cfg(task.cfg)
-    sampler = _InversionSampler(run)
+    sampler = InversionSampler(run)
     callback = latent_preview.prepare_callback(task.model, (len(sigmas) - 1) * calls_per_step)
     latent = latent.float()
     scale, shift = _to_host(task.model, latent)

@@ -100,16 +100,33 @@ class DDPMInversion(io.ComfyNode):
                     tooltip="Noise levels per model call; 0 chooses by free memory. Models with patches that may "
                     "depend on the level (AnimateDiff, control) always run one by one.",
                 ),
+                io.Boolean.Input(
+                    "same_noise",
+                    default=False,
+                    optional=True,
+                    tooltip="One noise for all pictures of the batch: switch it on for the frames of a video, whose "
+                    "edits then flicker less. Off: each picture has its own.",
+                ),
             ],
             outputs=[_inversion_output()],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent, steps, scheduler, cfg, seed, batch_steps: int = 0
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        steps,
+        scheduler,
+        cfg,
+        seed,
+        batch_steps: int = 0,
+        same_noise: bool = False,
     ) -> io.NodeOutput:
         task = _task(model, positive, negative, latent, steps, scheduler, cfg, seed)
-        return io.NodeOutput(invert_ddpm(task, batch_steps))
+        return io.NodeOutput(invert_ddpm(task, batch_steps, same_noise=same_noise))
 
 
 class DDIMInversion(io.ComfyNode):

@@ -427,3 +427,17 @@ def test_bad_settings_are_refused_before_any_work(model, evaluations):
         with pytest.raises(ValueError, match=message):
             call()
     assert not evaluations
+
+
+def test_frames_can_share_one_noise(model):
+    frames = latent(3, 4, 8, 8, seed=4)
+    settings = (model, POSITIVE, NEGATIVE, frames, 3, "normal", CFG, 7)
+    shared = DDPMInversion.execute(*settings, same_noise=True).args[0]
+    own = DDPMInversion.execute(*settings).args[0]
+    noise = shared.noise_at(1)
+    assert torch.allclose(noise[1:], noise[:1].expand(2, -1, -1, -1), atol=1e-4)
+    assert not torch.allclose(own.noise_at(1)[1:], own.noise_at(1)[:1].expand(2, -1, -1, -1), atol=1e-1)
+    alone = DDPMInversion.execute(*settings[:3], {"samples": frames["samples"][:1]}, *settings[4:]).args[0]
+    assert torch.equal(alone.trajectory[:, 0], shared.trajectory[:, 0]), "one picture has the noise of its seed"
+    out = resample(model, shared)
+    assert error(out, frames) < 1e-3
