@@ -175,7 +175,7 @@ class References:
         latent = self._resident(stream, x).at(level).to(x)
         if len(latent) == 1 or frames is None:
             # A motion model takes the rows of a call for the frames of one clip: a still clip of the one picture.
-            still = len(latent) == 1 and _has_motion(self.guider)
+            still = len(latent) == 1 and has_motion(self.guider)
             return latent.expand(len(x), *latent.shape[1:]).clone() if still else latent
         return latent[list(frames)]
 
@@ -195,7 +195,7 @@ class References:
 
     def _calls(self, missing: dict[Key, tuple[Tensor, list[dict]]]) -> list[tuple[list[Key], Tensor, list[dict]]]:
         """All in one call where a plain model, sizes and prompts allow it, else one by one."""
-        if len(missing) > 1 and not _has_motion(self.guider):
+        if len(missing) > 1 and not has_motion(self.guider):
             latents = [latent for latent, _ in missing.values()]
             merged = merged_conds([conds for _, conds in missing.values()], [len(latent) for latent in latents])
             if merged is not None and len({latent.shape for latent in latents}) == 1:
@@ -249,7 +249,7 @@ def stream_conds(
     return processed["reference"]
 
 
-def _has_motion(guider: comfy.samplers.CFGGuider) -> bool:
+def has_motion(guider: comfy.samplers.CFGGuider) -> bool:
     """Whether a call's rows may depend on each other, as the frames of a motion model's clip do."""
     patcher = guider.model_patcher
     return bool(getattr(patcher, "injections", None)) or "context_handler" in guider.model_options
@@ -264,7 +264,7 @@ def _is_plain(guider: comfy.samplers.CFGGuider) -> bool:
     return not (
         foreign
         or hooked
-        or _has_motion(guider)
+        or has_motion(guider)
         or getattr(patcher, "hook_patches", None)
         or getattr(patcher, "additional_models", None)
         or set(options) - _HARMLESS_OPTIONS

@@ -1,8 +1,9 @@
 """SCSA on the host's MODEL (Shang et al., CVPR 2025): a patch that works under any of its samplers and guiders."""
 
+import itertools
 import logging
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -15,29 +16,41 @@ from ..attention.regions import SemanticMap
 from ..attention.scsa import Settings
 from ..samplers.features import Layer, Options
 from ..samplers.inversion import Inversion
-from ..samplers.scsa import Entered, Reader, Scsa, block_inputs, self_attention_layers
+from ..samplers.scsa import (
+    Entered,
+    Reader,
+    Scsa,
+    block_inputs,
+    check_free,
+    layers_of_blocks,
+    self_attention_layers,
+    uses_map_pictures,
+)
+from .inversion import InversionSampler
 from .models import check_invertible, check_same, identify
-from .references import REFERENCE, merged_conds, stream_conds
+from .references import REFERENCE, has_motion, merged_conds, stream_conds
 from .windows import frames_of_call
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 KEY = "semantic_style_scsa"
+OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+CALC_COND_BATCH = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
 NAMES = ("content", "style", "content map", "style map")
 
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The four references of SCSA: content, style, and the pictures of their semantic maps, inverted."""
+    """The four references of SCSA: content, style, and the pictures of their semantic maps, inverted.
+
+    The maps' pictures may be left out where the settings give them no weight.
+    """
 
     content: Inversion
     style: Inversion
-    content_map: Inversion
-    style_map: Inversion
-
-    def __iter__(self):
-        return iter((self.content, self.style, self.content_map, self.style_map))
+    content_map: Inversion | None = None
+    style_map: Inversion | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +59,7 @@ class Patch:
 
     Attributes:
         pictures, regions, settings: see there.
-        layers: transformer blocks; None for those of the two finest decoder levels.
+        blocks: numbers of output blocks; None for those of the two finest decoder levels with attention.
         start, end: the part of the run in which it acts, in the host's percent.
         allow_other_model: the inversions may be of another checkpoint of the same structure.
     """
@@ -54,10 +67,17 @@ class Patch:
     pictures: Pictures
     regions: SemanticMap
     settings: Settings = field(default_factory=Settings)
-    layers: tuple[Layer, ...] | None = None
+    blocks: tuple[int, ...] | None = None
     start: float = 0.0
     end: float = 1.0
     allow_other_model: bool = False
+
+    @property
+    def references(self) -> list[Inversion]:
+        """The pictures that have any weight, in the order of NAMES."""
+        p = self.pictures
+        maps = (p.content_map, p.style_map) if uses_map_pictures(self.settings) else ()
+        return [p.content, p.style, *(m for m in maps if m is not None)]
 
 
 def apply_scsa(model: "ModelPatcher", patch: Patch) -> "ModelPatcher":
@@ -68,34 +88,32 @@ def apply_scsa(model: "ModelPatcher", patch: Patch) -> "ModelPatcher":
     """
     check_invertible(model)
     unet = model.model.diffusion_model
-    layers = self_attention_layers(unet) if patch.layers is None else patch.layers
-    known = set(self_attention_layers(unet, levels=len(unet.output_blocks)))
-    if unknown := [layer for layer in layers if layer not in known]:
-        blocks = sorted({layer[1] for layer in known})
-        raise ValueError(
-            f"this model has no self-attention in output block(s) {sorted({u[1] for u in unknown})}; those with "
-            f"attention are {blocks}"
-        )
+    layers = self_attention_layers(unet) if patch.blocks is None else layers_of_blocks(unet, patch.blocks)
     if not 0.0 <= patch.start <= patch.end <= 1.0:
         raise ValueError(f"SCSA acts from {patch.start} to {patch.end}: both between 0 and 1, start not after end")
     now = identify(model)
-    for picture in patch.pictures:
+    _check_pictures(patch)
+    for picture in patch.references:
         check_same(picture.model, now, patch.allow_other_model)
-    _check_pictures(patch.pictures)
     _check_maps(patch)
-    if KEY in model.model_options.get("transformer_options", {}).get("wrappers", {}).get("outer_sample", {}):
+    if model.get_wrappers(OUTER_SAMPLE, KEY):
         raise ValueError("this MODEL has SCSA already: connect the model from before that node")
+    check_free(layers, model.model_options.get("transformer_options", {}))
     patched = model.clone()
-    kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-    patched.add_wrapper_with_key(kind, KEY, _Sampling(replace(patch, layers=layers)))
+    patched.add_wrapper_with_key(OUTER_SAMPLE, KEY, _Sampling(patch, layers))
     return patched
 
 
-def _check_pictures(pictures: Pictures) -> None:
+def _check_pictures(patch: Patch) -> None:
+    pictures = patch.pictures
     for mine, its_map, name in (
         (pictures.content, pictures.content_map, "content"),
         (pictures.style, pictures.style_map, "style"),
     ):
+        if not uses_map_pictures(patch.settings):
+            continue
+        if its_map is None:
+            raise ValueError(f"SCSA needs the picture of the {name}'s map, inverted, unless a1 is 0")
         a, b = list(mine.clean.shape), list(its_map.clean.shape)
         if a[1:] != b[1:] or b[0] not in (1, a[0]):
             raise ValueError(
@@ -124,45 +142,47 @@ def _check_maps(patch: Patch) -> None:
 class _Sampling:
     """OUTER_SAMPLE: makes a run's state, and says so when the run never used it."""
 
-    def __init__(self, patch: Patch) -> None:
-        self.patch = patch
+    def __init__(self, patch: Patch, layers: tuple[Layer, ...]) -> None:
+        self.patch, self.layers = patch, layers
 
-    def __call__(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        content = self.patch.pictures.content.clean
+    def __call__(
+        self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        guider, content = executor.class_obj, self.patch.pictures.content.clean
+        if isinstance(sampler, InversionSampler):
+            raise ValueError("this MODEL has SCSA, which makes pictures: invert with the model from before that node")
         if noise.shape[1:] != content.shape[1:] or len(noise) % len(content):
             raise ValueError(
                 f"SCSA was made for a content latent {list(content.shape)}, the one being sampled is "
                 f"{list(noise.shape)}: sample at the content's size, one picture or a multiple of the contents"
             )
-        guider = executor.class_obj
-        run = _Run(self.patch, guider)
-        kind = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+        check_free(self.layers, guider.model_options.get("transformer_options", {}))
+        run = _Run(self.patch, self.layers, guider)
         # The options are this run's own copy.
-        comfy.patcher_extension.add_wrapper_with_key(kind, KEY, run, guider.model_options, is_model_options=True)
-        out = executor(noise, *args, **kwargs)
-        if not run.fired:
-            logging.warning(
-                "Semantic Style: SCSA never acted in this run: %s.",
-                "no step lies in its start to end range"
-                if not run.levels
-                else "none of its blocks was called; was it made for another model?",
-            )
+        comfy.patcher_extension.add_wrapper_with_key(
+            CALC_COND_BATCH, KEY, run, guider.model_options, is_model_options=True
+        )
+        out = executor(noise, latent_image, sampler, *args, **kwargs)
+        if reason := run.why_nothing():
+            logging.warning("Semantic Style: SCSA never acted in this run: %s.", reason)
         return out
 
 
 class _Run:
     """CALC_COND_BATCH: the references' call at every new level, then the picture's with its patches."""
 
-    def __init__(self, patch: Patch, guider: Any) -> None:
-        self.patch, self.guider = patch, guider
+    def __init__(self, patch: Patch, layers: tuple[Layer, ...], guider: Any) -> None:
+        self.patch, self.layers, self.guider = patch, layers, guider
         self.scsa: Scsa | None = None
-        self.at: Hashable = None
+        self.level: float | None = None
         self.conds: dict[int, list[dict]] = {}
         self.levels = 0
 
-    @property
-    def fired(self) -> int:
-        return 0 if self.scsa is None else self.scsa.fired
+    def why_nothing(self) -> str:
+        """Why the run did not use SCSA, empty where it did."""
+        if self.scsa is None:
+            return "no step lies in its start to end range"
+        return "" if self.scsa.fired else "none of its blocks was called"
 
     def __call__(
         self,
@@ -175,20 +195,24 @@ class _Run:
         *args: Any,
         **kwargs: Any,
     ) -> list[Tensor]:
-        level = float(timestep[0])
-        if model_options.get("transformer_options", {}).get(REFERENCE) or not self._acts(model, level):
+        level, to = float(timestep[0]), model_options.get("transformer_options", {})
+        if to.get(REFERENCE) or not self._acts(model, level):
             return executor(model, conds, x, timestep, model_options, *args, **kwargs)
         if (timestep != timestep[0]).any():
             raise ValueError("SCSA takes one noise level per call; use it with a sampler, not with an inversion node")
-        if frames_of_call(model_options.get("transformer_options", {})) is not None:
+        if frames_of_call(to) is not None:
             raise ValueError("SCSA does not know context windows: sample the whole clip at once, or frame by frame")
+        if any(cond.get("area") is not None for branch in conds for cond in branch or ()):
+            raise ValueError("SCSA works on whole pictures: use masks in place of prompts for areas")
         unet = model.diffusion_model
-        assert self.patch.layers is not None
-        with block_inputs(unet, self.patch.layers) as seen:
+        with block_inputs(unet, self.layers) as seen:
             if self.scsa is None:
-                self.scsa = Scsa(unet, self.patch.layers, self.patch.regions, self.patch.settings, seen)
+                self.scsa = Scsa(unet, self.layers, self.patch.regions, self.patch.settings, seen)
             self.scsa.seen = seen
-            self._prepare(executor, level, x, timestep, model_options)
+            # Once for a level, however many calls a sampler makes at it.
+            if self.level != level:
+                self._read(executor, model, level, x, timestep, model_options)
+                self.level = level
             options = comfy.model_patcher.create_model_options_clone(model_options)
             options["transformer_options"] = self.scsa.options(options.get("transformer_options"))
             return executor(model, conds, x, timestep, options, *args, **kwargs)
@@ -197,66 +221,82 @@ class _Run:
         at = model.model_sampling.percent_to_sigma
         return at(self.patch.end) <= level <= at(self.patch.start)
 
-    def _prepare(self, executor: Callable, level: float, x: Tensor, timestep: Tensor, model_options: dict) -> None:
-        """Once for a level, however many calls a sampler makes at it."""
-        assert self.scsa is not None
-        if self.at == level:
-            return
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self.scsa.prepared.clear()
-        pictures = self.patch.pictures
-        # Tensors that a guided run's graph may keep must be ordinary ones.
-        with torch.inference_mode(False), torch.no_grad():
-            entered: dict[int, Entered] = {}
-            for group in _groups(list(pictures)):
-                latents = [list(pictures)[i].at(level).to(x) for i in group]
-                for part, seen in zip(
-                    group, self._read(executor, group, latents, timestep, model_options), strict=True
-                ):
-                    entered[part] = seen
-            self.scsa.at_level(*(entered[i] for i in range(len(NAMES))))
-        self.at = level
-        self.levels += 1
-
     def _read(
-        self, executor: Callable, group: list[int], latents: list[Tensor], timestep: Tensor, model_options: dict
-    ) -> list[Entered]:
-        """What enters the blocks for pictures of one size, in one call where their prompts allow it."""
+        self, executor: Callable, model: Any, level: float, x: Tensor, timestep: Tensor, model_options: dict
+    ) -> None:
+        """What enters the blocks for the references at a level, and all that follows from it."""
         assert self.scsa is not None
+        still = has_motion(self.guider)
+        latents = []
+        for picture in self.patch.references:
+            latent = picture.at(level).to(x)
+            # A motion model takes the rows of a call for the frames of one clip.
+            latents.append(latent.repeat(len(x) // len(latent), 1, 1, 1) if still else latent)
+        entered: dict[int, Entered] = {}
+        for group in _calls(latents, apart=still):
+            for i, read in zip(
+                group,
+                self._entered(executor, model, group, [latents[i] for i in group], timestep, model_options),
+                strict=True,
+            ):
+                entered[i] = read
+        self.scsa.at_level(*(entered[i] for i in range(len(entered))))
+
+    def _entered(
+        self,
+        executor: Callable,
+        model: Any,
+        group: list[int],
+        latents: list[Tensor],
+        timestep: Tensor,
+        model_options: dict,
+    ) -> list[Entered]:
+        """For pictures of one size, in one call where their prompts and the memory allow it."""
+        assert self.scsa is not None
+        comfy.model_management.throw_exception_if_processing_interrupted()
         prompts = [self._conds(i, latent) for i, latent in zip(group, latents, strict=True)]
         rows = [len(latent) for latent in latents]
-        merged = merged_conds(prompts, rows)
+        merged = merged_conds(prompts, rows) if _fit(model, latents) else None
         calls = [([merged], torch.cat(latents))] if merged else list(zip(prompts, latents, strict=True))
         read = []
         for conds, latent in calls:
             reader = Reader(self.scsa.layers, self.scsa.seen)
             options = comfy.model_patcher.create_model_options_clone(model_options)
+            # The model as it is, without the patches of the picture being made.
             to: Options = {
                 k: v for k, v in options.get("transformer_options", {}).items() if not k.startswith("patches")
             }
             options["transformer_options"] = {**reader.options(to), REFERENCE: True}
             with torch.inference_mode():
                 sigma = timestep[:1].expand(len(latent)).clone()
-                executor(self.guider.inner_model, [conds], latent.clone(), sigma, options)
+                executor(model, [conds], latent.clone(), sigma, options)
             read.append(reader.read())
         if not merged:
             return read
-        starts = [sum(rows[:i]) for i in range(len(rows))]
-        return [read[0].rows(slice(start, start + n)) for start, n in zip(starts, rows, strict=True)]
+        ends = list(itertools.accumulate(rows))
+        return [read[0].rows(slice(end - n, end)) for end, n in zip(ends, rows, strict=True)]
 
     def _conds(self, which: int, like: Tensor) -> list[dict]:
         if which not in self.conds:
-            given = list(self.patch.pictures)[which].positive
+            given = self.patch.references[which].positive
             prompt = self.guider.original_conds.get("negative") if given is None else None
             if given is None and prompt is None:
-                raise ValueError(f"the {NAMES[which]}'s inversion has no prompt: invert it again, do not load it")
-            self.conds[which] = stream_conds(self.guider, given, like, prompt)
+                raise ValueError(f"the {NAMES[which]}'s inversion has no prompt: invert it again")
+            # Of combined prompts the first: a reference is one picture at one place of the batch.
+            self.conds[which] = stream_conds(self.guider, given, like, prompt)[:1]
         return self.conds[which]
 
 
-def _groups(pictures: list[Inversion]) -> list[list[int]]:
-    """Pictures of one latent size share a call."""
-    sizes: dict[torch.Size, list[int]] = {}
-    for i, picture in enumerate(pictures):
-        sizes.setdefault(picture.clean.shape[1:], []).append(i)
+def _fit(model: Any, latents: list[Tensor]) -> bool:
+    """Whether a call of all of them fits into the free memory, by the host's own estimate."""
+    rows, first = sum(map(len, latents)), latents[0]
+    needed = model.memory_required([rows, *first.shape[1:]])
+    return needed * 1.5 < comfy.model_management.get_free_memory(first.device)
+
+
+def _calls(latents: list[Tensor], apart: bool) -> list[list[int]]:
+    """Which pictures share a call: those of one size, unless all have to be apart."""
+    sizes: dict[Any, list[int]] = {}
+    for i, latent in enumerate(latents):
+        sizes.setdefault(i if apart else latent.shape[1:], []).append(i)
     return list(sizes.values())

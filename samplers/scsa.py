@@ -5,9 +5,10 @@ is at; then the same blocks of the image being made take their self-attention's 
 finest levels of the decoder that have attention: output blocks 6-11 of SD1.x, as published.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,21 @@ def self_attention_layers(unet: nn.Module, levels: int = LEVELS) -> tuple[Layer,
     return tuple(layer for layers in with_attention[-levels:] for layer in layers)
 
 
+def layers_of_blocks(unet: nn.Module, blocks: Collection[int]) -> tuple[Layer, ...]:
+    """The transformer blocks of these output blocks.
+
+    Raises:
+        ValueError: as `self_attention_layers`; one of the output blocks has none.
+    """
+    known = self_attention_layers(unet, levels=len(getattr(unet, "output_blocks", ())))
+    if missing := sorted(set(blocks) - {block for _, block, _ in known}):
+        raise ValueError(
+            f"this model has no self-attention in output block(s) {', '.join(map(str, missing))}; those that have are "
+            f"{', '.join(map(str, sorted({block for _, block, _ in known})))}"
+        )
+    return tuple(layer for layer in known if layer[1] in blocks)
+
+
 def transformer_block(unet: nn.Module, layer: Layer) -> nn.Module:
     """The module of a layer as `self_attention_layers` names it."""
     _, block, index = layer
@@ -55,12 +71,12 @@ def transformer_block(unet: nn.Module, layer: Layer) -> nn.Module:
 
 @contextmanager
 def block_inputs(unet: nn.Module, layers: tuple[Layer, ...]) -> Iterator[dict[Layer, Tensor]]:
-    """Inside, the dict holds what entered each of these transformer blocks last, [R, places, C]."""
+    """Inside, the dict holds what entered each of these transformer blocks last, [R, places, C], without its graph."""
     seen: dict[Layer, Tensor] = {}
 
     def keep(layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[layer] = args[0]
+            seen[layer] = args[0].detach()
 
         return hook
 
@@ -71,6 +87,7 @@ def block_inputs(unet: nn.Module, layers: tuple[Layer, ...]) -> Iterator[dict[La
     finally:
         for handle in handles:
             handle.remove()
+        seen.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +98,7 @@ class Entered:
     grids: dict[Layer, Grid]
 
     def rows(self, part: slice) -> "Entered":
+        """The references of these rows."""
         return Entered({layer: t[part] for layer, t in self.tokens.items()}, self.grids)
 
 
@@ -92,6 +110,7 @@ class Reader:
         self.grids: dict[Layer, Grid] = {}
 
     def options(self, base: Options | None = None) -> Options:
+        """`transformer_options` for a call that is to be read; `base` is left as it is."""
         options = dict(base or {})
         patches = {k: list(v) for k, v in options.get("patches", {}).items()}
         patches.setdefault("attn1_output_patch", []).append(self._note_grid)
@@ -104,6 +123,7 @@ class Reader:
         return n
 
     def read(self) -> Entered:
+        """What entered the blocks that were called."""
         return Entered({layer: self.seen[layer].clone() for layer in self.grids}, dict(self.grids))
 
 
@@ -132,17 +152,26 @@ class Scsa:
     _order_of: dict[Layer, RegionOrder] = field(default_factory=dict)
 
     @torch.no_grad()
-    def at_level(self, content: Entered, style: Entered, content_map: Entered, style_map: Entered) -> None:
-        """Prepare all blocks for a level, from what entered them for the references at that level."""
+    def at_level(
+        self, content: Entered, style: Entered, content_map: Entered | None = None, style_map: Entered | None = None
+    ) -> None:
+        """Prepare all blocks for a level, from what entered them for the references at that level.
+
+        The maps' pictures may be left out where the settings do not use them (`uses_map_pictures`).
+        """
+        self.prepared.clear()
         for layer in self.layers:
             if layer not in content.tokens:
                 continue
             grids = content.grids[layer], style.grids[layer]
-            tokens = content.tokens[layer]
+            c, s = content.tokens[layer], style.tokens[layer]
             if grids not in self.orders:
-                self.orders[grids] = order_by_region(self.regions.at(*grids).to(tokens.device), self.min_places)
-            references = References(tokens, style.tokens[layer], content_map.tokens[layer], style_map.tokens[layer])
+                self.orders[grids] = order_by_region(self.regions.at(*grids).to(c.device), self.min_places)
+            # One map picture may serve a batch; where none is used any tensor of the shape will do.
+            c_m = c if content_map is None else content_map.tokens[layer].expand_as(c)
+            s_m = s if style_map is None else style_map.tokens[layer].expand_as(s)
             self._order_of[layer] = self.orders[grids]
+            references = References(c, s, c_m, s_m)
             self.prepared[layer] = prepare(self._projections(layer), references, self.orders[grids], self.settings)
 
     def options(self, base: Options | None = None) -> Options:
@@ -152,27 +181,32 @@ class Scsa:
         the self-attention of one of the blocks.
         """
         options = dict(base or {})
-        self._check_free(options)
+        check_free(self.layers, options)
         patches = {k: list(v) for k, v in options.get("patches", {}).items()}
-        patches.setdefault("attn1_patch", []).append(self._one_place)
+        before = patches.get("attn1_patch", [])
+        patches["attn1_patch"] = [*before, partial(self._one_place, before)]
         patches["attn1_output_patch"] = [self._replace, *patches.get("attn1_output_patch", [])]
+        patches.setdefault("output_block_patch", []).append(self._look)
         return {**options, "patches": patches}
 
-    def _check_free(self, options: Options) -> None:
-        taken = options.get("patches_replace", {}).get("attn1", {})
-        for layer in self.layers:
-            other = taken.get(layer, taken.get(layer[:2]))
-            if other is not None:
-                raise ValueError(
-                    f"SCSA takes the self-attention of {layer[0]} block {layer[1]}, which "
-                    f"{_name(other)} on this MODEL replaces already: only one of the two can have it. Take that node "
-                    "out, or give SCSA other blocks"
-                )
+    def _look(self, h: Tensor, skip: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+        """Takers of a block that come with a prompt are in the call's options only."""
+        check_free(tuple(layer for layer in self.prepared if layer[1] == options["block"][1]), options)
+        return h, skip
 
-    def _one_place(self, n: Tensor, context: Tensor, value: Tensor, extra: Options) -> tuple[Tensor, Tensor, Tensor]:
+    def _one_place(
+        self, before: list, n: Tensor, context: Tensor, value: Tensor, extra: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The block's own self-attention is thrown away: let it be over one place."""
-        if (*extra["block"], extra["block_index"]) not in self.prepared:
+        layer = (*extra["block"], extra["block_index"])
+        if layer not in self.prepared:
             return n, context, value
+        if n.shape[:2] != self.seen[layer].shape[:2]:
+            raise ValueError(
+                f"SCSA takes the self-attention of {layer[0]} block {layer[1]}, whose places another patch on this "
+                f"MODEL merges or tiles ({', '.join(map(name_of, before))}): the two do not go together. Take that "
+                "node out, or give SCSA other blocks"
+            )
         return n[:, :1], n[:, :1], n[:, :1]
 
     def _replace(self, n: Tensor, extra: Options) -> Tensor:
@@ -181,7 +215,7 @@ class Scsa:
             return n
         self.fired += 1
         with torch.no_grad():  # none would reach x, see attention/scsa.py
-            x = self.seen[layer].detach()
+            x = self.seen.pop(layer)
             return scsa(self._projections(layer), x, self.prepared[layer], self._order_of[layer], self.settings)
 
     def _projections(self, layer: Layer) -> SelfAttention:
@@ -192,5 +226,24 @@ class Scsa:
         return SelfAttention(block.norm1.forward, attn.to_q, attn.to_k, attn.to_v, attn.to_out, heads)
 
 
-def _name(thing: Any) -> str:
-    return getattr(thing, "__qualname__", type(thing).__qualname__)
+def uses_map_pictures(settings: Settings) -> bool:
+    """Whether the pictures of the semantic maps have any weight: they are in the continuous part only."""
+    return settings.t1 != 0 and settings.a1 > 0
+
+
+def check_free(layers: tuple[Layer, ...], options: Options) -> None:
+    """Raise ValueError where `transformer_options` replace the self-attention of one of these layers already."""
+    taken = options.get("patches_replace", {}).get("attn1", {})
+    for layer in layers:
+        other = taken.get(layer, taken.get(layer[:2]))
+        if other is not None:
+            raise ValueError(
+                f"SCSA takes the self-attention of {layer[0]} block {layer[1]}, which {name_of(other)} on this MODEL "
+                "replaces as well: only one of the two can have it. Take that node out, or give SCSA other blocks"
+            )
+
+
+def name_of(patch: Any) -> str:
+    """What a user can find of a patch: its module and name."""
+    named = patch if hasattr(patch, "__qualname__") else type(patch)
+    return f"{named.__module__}.{named.__qualname__}"
