@@ -16,6 +16,7 @@ import semantic_style
 # Public: these names are in users' files. Add, never change or remove.
 NODE_IDS = {
     "SemanticStyleAdaIN",
+    "SemanticStyleApplySCSA",
     "SemanticStyleCombineEnergies",
     "SemanticStyleDDIMInversion",
     "SemanticStyleDDPMInversion",

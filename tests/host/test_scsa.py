@@ -19,12 +19,15 @@ from semantic_style.attention.regions import SemanticMap
 from semantic_style.attention.scsa import References, SelfAttention, Settings, prepare, scsa
 from semantic_style.benchmarks.models import conditioning, pooled_conditioning, small_sd15, small_sdxl
 from semantic_style.demo import model as paperland
+from semantic_style.demo import scenes
 from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.inversion import Task, invert_ddim, invert_ddpm
 from semantic_style.host.references import ReferenceCache
 from semantic_style.host.replay import ReplayNoise, ReplaySampler
 from semantic_style.host.scsa import Patch, Pictures, apply_scsa
-from semantic_style.host.small_model import unet_model
+from semantic_style.host.small_model import PixelVAE, unet_model
+from semantic_style.nodes.paperland import LoadPaperland
+from semantic_style.nodes.scsa import ApplySCSA, draw_map, parse_blocks
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 from semantic_style.samplers.scsa import Scsa, self_attention_layers, transformer_block
 
@@ -672,3 +675,93 @@ def test_blocks_of_the_coarse_levels_can_be_asked_for(model, patch):
     out = once(coarse)
     assert torch.isfinite(out).all()
     assert (out - once(apply_scsa(model, patch))).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with torch.inference_mode():
+        return LoadPaperland.execute("fp32").result
+
+
+NUMBERS = {"temperature": 1.2, "t1": 0.8, "t2": 0.2, "a1": 0.3, "a2": 0.5, "blocks": "", "start_percent": 0.0}
+
+
+def apply_node(demo, content, style, regions, **changed):
+    return ApplySCSA.execute(demo[0], content, style, regions, **{**NUMBERS, "end_percent": 1.0, **changed}).result[0]
+
+
+def scene(demo, seed, size=(32, 24)):
+    drawn = scenes.scene(seed, seed, size)
+    empty = demo[1].encode_from_tokens_scheduled(demo[1].tokenize(""))
+    latent = demo[2].encode(drawn.images)
+    return drawn, invert_ddim(Task(demo[0], empty, empty, latent, STEPS, "normal", 1.0, 0))
+
+
+@pytest.mark.parametrize("style_size", [(32, 24), (24, 40)])
+def test_the_node_makes_the_maps_pictures_once(demo, style_size):
+    model, _, vae = demo
+    (a, content), (b, style) = scene(demo, 1), scene(demo, 2, style_size)
+    regions = SemanticMap(a.labels, b.labels)
+    with rows_of_calls(model) as rows:
+        patched = apply_node(demo, content, style, regions, vae=vae)
+        assert rows == ([2] * STEPS if style_size == (32, 24) else [1] * 2 * STEPS)
+        rows.clear()
+        again = apply_node(demo, content, style, regions, vae=vae, temperature=2.0, blocks="2-3")
+        assert rows == [], "kept for this map"
+        apply_node(demo, content, style, SemanticMap(a.labels, b.labels), vae=vae)
+        assert rows
+    prompt = content.positive
+    maps = [invert_ddim(Task(model, prompt, prompt, vae.encode(m), STEPS, "normal", 1.0, 0)) for m in draw_map(regions)]
+    given = apply_node(demo, content, style, regions, content_map=maps[0], style_map=maps[1])
+    out = {}
+    for name, one in (("node", patched), ("given", given), ("again", again)):
+        out[name] = replayed(cfg_guider(one, prompt, prompt, 1.0), content)
+    torch.testing.assert_close(out["node"], out["given"], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(out["node"], out["again"], atol=1e-2)
+    one_given = apply_node(demo, content, style, regions, content_map=maps[0], vae=vae)
+    torch.testing.assert_close(replayed(cfg_guider(one_given, prompt, prompt, 1.0), content), out["node"])
+
+
+def test_the_node_says_what_is_missing(demo):
+    (a, content), (b, style) = scene(demo, 1), scene(demo, 2)
+    regions = SemanticMap(a.labels, b.labels)
+    with pytest.raises(ValueError, match=r"Connect the VAE.*content_map, style_map.*a1 to 0"):
+        apply_node(demo, content, style, regions)
+    assert apply_node(demo, content, style, regions, a1=0.0)
+    assert apply_node(demo, content, style, regions, t1=0.0, t2=1.0)
+    with pytest.raises(ValueError, match="no prompt"):
+        apply_node(demo, replace(content, positive=None), style, regions, vae=demo[2])
+    other = PixelVAE(lambda p: torch.zeros(len(p), 4, 4, 3), lambda x: x, 8, 4)
+    with pytest.raises(ValueError, match="VAE that the picture was encoded with"):
+        apply_node(demo, content, style, regions, vae=other)
+    with rows_of_calls(demo[0]) as rows, pytest.raises(ValueError, match="no self-attention in output"):
+        apply_node(demo, content, style, regions, vae=demo[2], blocks="77")
+    assert rows == [], "before the maps' pictures are made"
+    with pytest.raises(ValueError, match="share and must be between 0 and 1"):
+        apply_node(demo, content, style, regions, a1=1.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [("", None), (" ", None), ("6-11", (6, 7, 8, 9, 10, 11)), ("8, 6;7", (6, 7, 8)), ("6 - 7 9", (6, 7, 9))],
+)
+def test_blocks_are_read(text, blocks):
+    assert parse_blocks(text) == blocks
+
+
+@pytest.mark.parametrize("text", ["six", "6-", "-3", "9-7", "6..9", "1-99999999"])
+def test_what_is_not_a_list_of_blocks_is_refused(text):
+    with pytest.raises(ValueError, match="numbers of output blocks are expected"):
+        parse_blocks(text)
+
+
+def test_maps_are_drawn_in_the_same_flat_colours():
+    content, style = torch.tensor([[[3, 9], [3, 40]]]), torch.tensor([[[40, 3, -2]]])
+    c, s = draw_map(SemanticMap(content, style))
+    assert c.shape == (1, 2, 2, 3)
+    assert s.shape == (1, 1, 3, 3)
+    assert torch.equal(c[0, 0, 0], c[0, 1, 0])
+    assert torch.equal(c[0, 0, 0], s[0, 0, 1])
+    assert torch.equal(c[0, 1, 1], s[0, 0, 0])
+    colors = torch.stack([c[0, 0, 0], c[0, 0, 1], c[0, 1, 1], s[0, 0, 2]])
+    assert (torch.cdist(colors, colors) + torch.eye(4)).min() > 0.3
