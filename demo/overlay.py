@@ -92,7 +92,8 @@ def _middle(inside: Tensor) -> tuple[float, float]:
     scale = 8
     left = interpolate(inside[None, None].float(), scale_factor=1 / scale, mode="area")[0, 0] > 0.5
     if not left.any():
-        return tuple(inside.nonzero().float().mean(dim=0).tolist())  # type: ignore[return-value]
+        y, x = inside.nonzero().float().mean(dim=0).tolist()
+        return y, x
     while True:
         smaller = -max_pool2d(-torch.nn.functional.pad(left[None, None].float(), (1, 1, 1, 1)), 3, 1)[0, 0] > 0.5
         if not smaller.any():
