@@ -16,12 +16,14 @@ import semantic_style
 # Public: these names are in users' files. Add, never change or remove.
 NODE_IDS = {
     "SemanticStyleAdaIN",
+    "SemanticStyleAutoMap",
     "SemanticStyleApplySCSA",
     "SemanticStyleCombineEnergies",
     "SemanticStyleDDIMInversion",
     "SemanticStyleDDPMInversion",
     "SemanticStyleEnergyGuider",
     "SemanticStyleInversionLatent",
+    "SemanticStyleFlicker",
     "SemanticStyleKSampler",
     "SemanticStyleLoadInversion",
     *("SemanticStyleMapFromColors", "SemanticStyleMapFromMasks", "SemanticStylePreviewMap"),
