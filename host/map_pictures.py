@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..attention.regions import SemanticMap, resample_labels
+from ..attention.regions import SemanticMap
 from ..samplers.inversion import Inversion
 from .inversion import Task, invert_ddim
 from .references import CACHE, digest
@@ -28,7 +28,7 @@ def invert_map_pictures(
     model: "ModelPatcher",
     pictures: Pair,
     regions: SemanticMap,
-    draw: Callable[[SemanticMap], tuple[Tensor, Tensor]],
+    draw: Callable[..., tuple[Tensor, Tensor]],
     vae: Any | None,
 ) -> Pair:
     """The content's and the style's map as pictures of their sizes, inverted by DDIM on the content's levels.
@@ -36,7 +36,8 @@ def invert_map_pictures(
     Args:
         model: the model without SCSA.
         pictures: content and style; the content's prompt is taken.
-        draw: maps to pictures [B, H, W, 3] in 0..1, in the same colours on both sides.
+        draw: `draw(regions, content_size, style_size)` gives the maps as pictures [B, H, W, 3] in 0..1, in the same
+            colours on both sides.
         vae: the host's.
     Raises:
         ValueError: no VAE, a content without prompt, a VAE that does not belong to the content's latents.
@@ -56,10 +57,7 @@ def invert_map_pictures(
         return kept
     ratio = vae.spacial_compression_encode()
     sizes = [(ratio * p.clean.shape[-2], ratio * p.clean.shape[-1]) for p in pictures]
-    drawn = draw(
-        SemanticMap(resample_labels(regions.content.cpu(), sizes[0]), resample_labels(regions.style.cpu(), sizes[1]))
-    )
-    latents = [vae.encode(pixels) for pixels in drawn]
+    latents = [vae.encode(pixels) for pixels in draw(regions, *sizes)]
     for latent, picture in zip(latents, pictures, strict=True):
         if latent.shape[1:] != picture.clean.shape[1:]:
             raise ValueError(

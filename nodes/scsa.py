@@ -3,12 +3,11 @@
 import re
 from dataclasses import replace
 
-import torch
 from comfy_api.latest import io
 
 from ..attention.regions import SemanticMap
 from ..attention.scsa import Settings
-from ..demo.overlay import region_colors
+from ..demo.map_pictures import draw_map
 from ..host.map_pictures import invert_map_pictures
 from ..host.scsa import Patch, Pictures, apply_scsa
 from ..samplers.inversion import Inversion
@@ -34,14 +33,6 @@ def parse_blocks(text: str) -> tuple[int, ...] | None:
             raise ValueError(f"blocks is {text!r}: numbers of output blocks are expected, such as 6-11 or 6, 7, 8")
         numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
     return tuple(sorted(numbers)) or None
-
-
-def draw_map(regions: SemanticMap) -> tuple[torch.Tensor, torch.Tensor]:
-    """Content and style maps as pictures [B, H, W, 3] in 0..1 of flat colours, one for each label on both sides."""
-    content, style = regions.content.cpu(), regions.style.cpu()
-    labels = torch.cat([content.flatten(), style.flatten()]).unique()
-    colors = torch.tensor(region_colors(len(labels))) / 255
-    return colors[torch.searchsorted(labels, content)], colors[torch.searchsorted(labels, style)]
 
 
 def _number(name: str, default: float, most: float, tooltip: str, least: float = 0.0) -> io.Float.Input:

@@ -20,6 +20,7 @@ from semantic_style.attention.scsa import References, SelfAttention, Settings, p
 from semantic_style.benchmarks.models import conditioning, pooled_conditioning, small_sd15, small_sdxl
 from semantic_style.demo import model as paperland
 from semantic_style.demo import scenes
+from semantic_style.demo.map_pictures import draw_map
 from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.inversion import Task, invert_ddim, invert_ddpm
 from semantic_style.host.references import ReferenceCache
@@ -27,7 +28,7 @@ from semantic_style.host.replay import ReplayNoise, ReplaySampler
 from semantic_style.host.scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.small_model import PixelVAE, unet_model
 from semantic_style.nodes.paperland import LoadPaperland
-from semantic_style.nodes.scsa import ApplySCSA, draw_map, parse_blocks
+from semantic_style.nodes.scsa import ApplySCSA, parse_blocks
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 from semantic_style.samplers.scsa import Scsa, self_attention_layers, transformer_block
 
