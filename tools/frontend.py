@@ -118,7 +118,7 @@ def open_frontend(address: str) -> Iterator[Frontend]:
         browser = playwright.chromium.launch(executable_path=_browser(), args=[f"--{flag}" for flag in FLAGS])
         try:
             page = browser.new_page(viewport=WINDOW)
-            page.goto(f"http://{address}/", wait_until="domcontentloaded")
+            page.goto(f"http://{address}/", wait_until="domcontentloaded", timeout=READY_MILLISECONDS)
             page.wait_for_function(READY, timeout=READY_MILLISECONDS)
             yield Frontend(page)
         finally:

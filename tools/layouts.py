@@ -9,12 +9,14 @@ from dataclasses import dataclass
 class Layout:
     """A graph's title and note, and its groups from left to right.
 
-    Each group has a title and columns, each column the ids of its nodes from top to bottom.
+    Each group has a title and columns, each column the ids of its nodes from top to bottom. `thumbnail` are the titles
+    of the pictures that the thumbnail shows, the first ones where it says nothing.
     """
 
     title: str
     note: str
     groups: dict[str, list[list[int]]]
+    thumbnail: tuple[str, ...] = ()
 
 
 LAYOUTS = {
@@ -78,6 +80,157 @@ LAYOUTS = {
             "AdaIN": [[12, 13, 14]],
             "Replay": [[16, 15], [17, 18]],
             "Results": [[19, 20], [21]],
+        },
+    ),
+    "semantix_image": Layout(
+        title="Semantix: style transfer between two scenes",
+        note="Both scenes are inverted (DDPM). **Restyle** makes the context again, while an energy draws each place "
+        "to its match in the reference; **Restyle region by region** looks for it in the same region only.\n\n"
+        "Turn **style_weight** and **spatial_weight** and look at **What the terms did**. Queueing again is faster: "
+        "the inversions and what the references need are kept.",
+        groups={
+            "Scenes": [[1, 2, 3], [4, 5, 6, 7]],
+            "Invert both": [[8, 9]],
+            "Restyle": [[11, 13], [12, 14, 10]],
+            "Pictures": [[15, 16, 19], [17, 18]],
+        },
+        thumbnail=("Context", "Reference", "Restyled", "Restyled region by region"),
+    ),
+    "semantix_ablations": Layout(
+        title="Semantix: what each term does",
+        note="The same two inversions, restyled with all terms and with some switched off (weight 0; adain_start 1 "
+        "switches AdaIN off).\n\n"
+        "With nothing at all the context comes back. Without the style term only AdaIN changes colours; without the "
+        "spatial term shapes get lost.",
+        groups={
+            "Scenes": [[1, 2, 3], [4, 5, 6, 7]],
+            "Invert both": [[8, 9]],
+            "Restyle with and without": [[10, 15], [11, 16], [12, 17], [13, 18], [14, 19]],
+            "Pictures": [[20, 21], [22, 23], [24]],
+        },
+        thumbnail=("AdaIN only", "Without the style term", "Without the spatial term", "All terms"),
+    ),
+    "semantix_video": Layout(
+        title="Semantix: style transfer to a moving scene",
+        note="The frames are a batch, inverted and restyled together with the weights **published for video**; the one "
+        "reference serves all of them.\n\n"
+        "For longer or larger clips lower **frames** first to see how long one takes.",
+        groups={
+            "Scenes": [[1, 2, 3], [4, 5, 6, 7]],
+            "Invert both": [[8, 9]],
+            "Restyle": [[10, 11]],
+            "Pictures": [[12, 13], [14, 15]],
+        },
+        thumbnail=("Context", "Reference", "Restyled"),
+    ),
+    "semantix_image_sd15": Layout(
+        title="Semantix: style transfer with SD1.5",
+        note="Choose a checkpoint and two pictures, and write what the context shows. Any SD1.x, SD2.x or SDXL "
+        "checkpoint does (SDXL: scale to 1024).\n\n"
+        "More **style_weight**: more of the reference's look. More **spatial_weight**: more of the context's shapes. "
+        "Out of memory: switch **checkpointing** on.",
+        groups={
+            "Pictures": [[1, 2, 3], [4, 5], [6, 7, 8, 9]],
+            "Invert both": [[10, 11]],
+            "Restyle": [[12, 13]],
+            "Results": [[14, 15]],
+        },
+    ),
+    "semantix_video_sd15": Layout(
+        title="Semantix: style transfer to a video with SD1.5",
+        note="Choose a checkpoint, a video and a picture, and write what the video shows. Frame by frame as it is; for "
+        "frames that know each other put **AnimateDiff-Evolved** (*Apply AnimateDiff Model*, *Use Evolved Sampling*) "
+        "behind the checkpoint and connect its MODEL to both inversions and to **Restyle**.",
+        groups={
+            "Video and picture": [[1, 2, 3, 4], [5, 6, 7], [8, 9, 10, 11]],
+            "Invert both": [[12, 13]],
+            "Restyle": [[14, 15]],
+            "Results": [[16, 17]],
+        },
+    ),
+    "scsa_colors": Layout(
+        title="SCSA: region by region, with colour maps",
+        note="Both scenes are inverted (DDIM). **SCSA** lets every region of the content be painted with what the "
+        "style has in the same region; equal colours in the two maps are the same region. It begins with the content's "
+        "noise, whose regions take the statistics of the style's.\n\n"
+        "Turn **temperature** and **end_percent** on **SCSA**, and look at **Regions** first.",
+        groups={
+            "Scenes": [[1, 2, 3], [4, 5, 6]],
+            "Invert both": [[7, 8, 9]],
+            "SCSA": [[11], [12, 13, 14, 15]],
+            "Replay": [[16, 17, 18, 19]],
+            "Pictures": [[20, 21], [10, 22]],
+        },
+        thumbnail=("Content", "Style", "Restyled"),
+    ),
+    "scsa_auto": Layout(
+        title="SCSA: region by region, with an automatic map",
+        note="As with colour maps, but the regions are found by the model itself: places of both pictures whose "
+        "features are alike are one region.\n\n"
+        "Look at **Regions**: another **seed**, or a number of **regions**, on **Regions found by the model** gives "
+        "other ones.",
+        groups={
+            "Scenes": [[1, 2, 3], [4, 5, 6]],
+            "Invert both": [[7, 8, 9]],
+            "SCSA": [[11], [12, 13, 14, 15]],
+            "Replay": [[16, 17, 18, 19]],
+            "Pictures": [[20, 21], [10, 22]],
+        },
+        thumbnail=("Content", "Style", "Restyled"),
+    ),
+    "scsa_semantix": Layout(
+        title="SCSA and Semantix together",
+        note="One sampler with both: **SCSA** changes the attention of the model, **Semantix with SCSA** draws each "
+        "place to its match in the reference, in the same regions. Both use the same two inversions (DDPM).\n\n"
+        "Bypass **SCSA**, or set the weights to 0, to see what each of them does.",
+        groups={
+            "Scenes": [[1, 2, 3], [4, 5, 6, 7]],
+            "Invert both": [[8, 9, 10]],
+            "Restyle": [[12], [13, 14]],
+            "Pictures": [[15, 16], [11, 17]],
+        },
+        thumbnail=("Context", "Reference", "Restyled by both"),
+    ),
+    "scsa_colors_sd15": Layout(
+        title="SCSA with SD1.5 and colour maps",
+        note="Choose a checkpoint, two pictures, and for each a picture of its regions: equal colours are the same "
+        "region, smooth borders and JPEG do no harm.\n\n"
+        "Look at **Regions** first. 50 steps, empty prompt and CFG 1 as published; **temperature** and **end_percent** "
+        "on **SCSA** are worth turning.",
+        groups={
+            "Pictures": [[1, 2, 3], [4, 5, 10]],
+            "Regions": [[6, 7, 15], [8, 9]],
+            "Invert both": [[11, 12], [13, 14]],
+            "SCSA": [[17], [18, 19, 20, 21]],
+            "Replay": [[22, 23, 24, 25]],
+            "Results": [[26, 27], [16, 28]],
+        },
+    ),
+    "scsa_auto_sd15": Layout(
+        title="SCSA with SD1.5 and an automatic map",
+        note="Choose a checkpoint and two pictures. The regions are found by the checkpoint itself: places of both "
+        "pictures whose features are alike.\n\n"
+        "Look at **Regions**: another **seed** or number of **regions** gives other ones. 50 steps, empty prompt and "
+        "CFG 1 as published.",
+        groups={
+            "Pictures": [[1, 2, 3], [4, 5, 6]],
+            "Invert both": [[7, 8], [9, 10, 11]],
+            "SCSA": [[13], [14, 15, 16, 17]],
+            "Replay": [[18, 19, 20, 21]],
+            "Results": [[22, 23], [12, 24]],
+        },
+    ),
+    "scsa_semantix_sd15": Layout(
+        title="SCSA and Semantix together with SD1.5",
+        note="Choose a checkpoint and two pictures, and write what the context shows. **SCSA** changes the attention, "
+        "**Semantix with SCSA** draws each place to its match in the reference; the regions are found by the "
+        "checkpoint.\n\n"
+        "Bypass **SCSA**, or set the weights to 0, to see what each of them does.",
+        groups={
+            "Pictures": [[1, 2, 3], [4, 5, 6, 7]],
+            "Invert both": [[8, 9], [10, 11, 12]],
+            "Restyle": [[14], [15, 16]],
+            "Results": [[17, 18], [13, 19]],
         },
     ),
 }

@@ -34,7 +34,9 @@ NOTE_SIZE = (700, 110)
 PICTURE_HEIGHT = 270
 LONG_TEXT = 60
 TEXT_HEIGHTS = {"CLIPTextEncode": (100, 180), "SemanticStylePaperlandEncode": (120, 220)}
-PICTURES = ("SaveImage", "PreviewImage", "LoadImage")
+PICTURES = ("SaveImage", "PreviewImage", "LoadImage", "LoadVideo")
+# An animation, or a map's preview, has its settings above it.
+ANIMATION_HEIGHT = 430
 # Pixels of an ordinary window that are left to the graph beside the frontend's bars, which newer versions lay over the
 # canvas, and the smallest scale at which titles are written.
 VIEW = (1540, 800)
@@ -55,7 +57,8 @@ THUMBNAIL = 400
 THUMBNAIL_BYTES = 60_000
 PAPER = (250, 247, 240)
 EDGE = 8
-PAIR_SHARE = 0.64
+# Of the side, for two and for three pictures that overlap.
+SHARES = {1: 1.0, 2: 0.64, 3: 0.5, 4: 0.5}
 # Pixels of a view that a thumbnail shows.
 DETAIL, DETAIL_TOP = 620, 190
 
@@ -103,7 +106,9 @@ def _blank_linked_texts(node: Graph) -> None:
 
 def _size(node: Graph) -> list[int]:
     width, height = (round(side) for side in node["size"])
-    if node["type"] in PICTURES:
+    if node["type"] in ("SaveAnimatedWEBP", "SemanticStylePreviewMap"):
+        height = ANIMATION_HEIGHT
+    elif node["type"] in PICTURES:
         height = PICTURE_HEIGHT
     elif node["type"] in TEXT_HEIGHTS:
         height = TEXT_HEIGHTS[node["type"]][max(map(len, node["widgets_values"])) > LONG_TEXT]
@@ -150,8 +155,9 @@ def ui_form(frontend: Frontend, name: str, api: Graph) -> Graph:
     offer_models(graph)
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"semantic-style/{name}"))
     frontend.load(graph)
-    if frontend.prompt() != api:
-        raise ValueError(f"{name}: the frontend does not give the API graph back")
+    given = frontend.prompt()
+    if differing := [f"{n}: {api.get(n)} became {given.get(n)}" for n in api | given if api.get(n) != given.get(n)]:
+        raise ValueError(f"{name}: the frontend does not give the API graph back\n" + "\n".join(differing))
     return {**frontend.graph(), "extra": graph["extra"]}
 
 
@@ -168,14 +174,15 @@ def as_text(graph: Graph) -> str:
 
 
 def thumbnail(pictures: list[Image.Image]) -> Image.Image:
-    """A square of one picture, of two that overlap a little (the second on top), or of the first four."""
+    """A square of one picture, of two or three that overlap (the last on top), or of the first four."""
     sheet = Image.new("RGB", (THUMBNAIL, THUMBNAIL), PAPER)
-    count = 4 if len(pictures) >= 4 else min(len(pictures), 2)
-    share = {1: 1.0, 2: PAIR_SHARE, 4: 0.5}[count]
-    side = round(THUMBNAIL * share - EDGE * (1.5 if count == 4 else 2))
+    count = min(len(pictures), 4)
+    side = round(THUMBNAIL * SHARES[count] - EDGE * (1.5 if count == 4 else 2))
     last = THUMBNAIL - side - EDGE
-    diagonal = [(EDGE, EDGE), (last, last)]
-    places = diagonal[:count] if count < 4 else [(EDGE, EDGE), (last, EDGE), (EDGE, last), (last, last)]
+    if count == 4:
+        places = [(EDGE, EDGE), (last, EDGE), (EDGE, last), (last, last)]
+    else:
+        places = [(EDGE + i * (last - EDGE) // max(count - 1, 1),) * 2 for i in range(count)]
     for picture, (x, y) in zip(pictures[:count], places, strict=True):
         sheet.paste(PAPER, (x - EDGE, y - EDGE, x + side + EDGE, y + side + EDGE))
         sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (x, y))
@@ -198,7 +205,7 @@ def save_thumbnail(picture: Image.Image, path: Path) -> None:
 
 
 def asks_for_files(api: Graph) -> bool:
-    return any(node["class_type"] in ("CheckpointLoaderSimple", "LoadImage") for node in api.values())
+    return any(node["class_type"] in ("CheckpointLoaderSimple", "LoadImage", "LoadVideo") for node in api.values())
 
 
 def make(names: list[str], views: Path | None, run: bool) -> None:
@@ -226,7 +233,9 @@ def make(names: list[str], views: Path | None, run: bool) -> None:
         for name in names if run else []:
             api = json.loads((API / f"{name}.json").read_text(encoding="utf-8"))
             if not asks_for_files(api):
-                pictures = [picture for _, picture in run_graph(client, api)]
+                wanted = LAYOUTS[name].thumbnail
+                made = run_graph(client, api)
+                pictures = [picture for title, picture in made if not wanted or title in wanted]
                 save_thumbnail(thumbnail(pictures), UI / f"{name}.jpg")
                 print(f"workflows/{name}.jpg: {len(pictures)} pictures")
 
