@@ -22,6 +22,8 @@ HTTP_SECONDS = 30.0
 # How long to wait for a message before asking the server's history whether one was missed.
 MESSAGE_SECONDS = 2.0
 STEPPING_WEIGHT = 30.0
+# Inputs by which nodes are known that run the model step by step, which takes nearly all the time.
+STEPPING_INPUTS = ({"steps"}, {"sampler"}, {"context", "cfg"})
 
 
 class GraphError(RuntimeError):
@@ -63,8 +65,8 @@ def progress_of(graph: Graph, done: Collection[str], running: str | None, value:
 
 
 def _weight(node: dict[str, Any]) -> float:
-    """How long a node takes, roughly, in others: those that run the model step by step take nearly all the time."""
-    return STEPPING_WEIGHT if {"steps", "sampler"} & node["inputs"].keys() else 1.0
+    """How long a node takes, roughly, in others."""
+    return STEPPING_WEIGHT if any(known <= node["inputs"].keys() for known in STEPPING_INPUTS) else 1.0
 
 
 @dataclass(frozen=True)

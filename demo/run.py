@@ -18,11 +18,12 @@ from . import locate
 from .client import Client, Graph, GraphError, GraphInterrupted, Progress, ServerGoneError, node_title
 from .progress import ProgressBar
 from .server import ServerError, comfy_server
-from .sheet import Row, save_sheet
+from .sheet import Row, frames, save_sheet
 
 ROOT = Path(__file__).absolute().parent.parent
 HEADING = "Semantic Style: the demo graphs"
 GRAPH_SECONDS = 1800.0
+FRAMES_PER_SECOND = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ GRAPHS = (
         "invert_and_reconstruct", "DDPM inversion of a scene, replayed with the same caption: the scene comes back"
     ),
     DemoGraph("adain_regions", "The content's noise takes the statistics of the style's, then it is replayed"),
+    DemoGraph(
+        "semantix_image",
+        "Semantix: each thing of the context takes the look of its counterpart in the reference. Scenes chosen by eye",
+    ),
+    DemoGraph("semantix_ablations", "The same with terms of the energy switched off: what each of them is for"),
+    DemoGraph("semantix_video", "Semantix on a moving scene, the frames as a batch; four of them are shown"),
 )
 
 
@@ -84,10 +91,20 @@ def save(rows: Sequence[Row], output: Path) -> Path:
     for graph, row in zip(GRAPHS, rows, strict=True):
         for number, (label, picture) in enumerate(row.pictures, start=1):
             slug = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-            picture.save(output / f"{graph.name}_{number}_{slug}.png")
+            _save_picture(picture, output / f"{graph.name}_{number}_{slug}.png")
     sheet = output / "sheet.png"
     save_sheet(rows, sheet, HEADING)
     return sheet
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    """As PNG, an animation as WEBP."""
+    first, *others = frames(picture)
+    if others:
+        duration = picture.info.get("duration", 1000 // FRAMES_PER_SECOND)
+        first.save(path.with_suffix(".webp"), save_all=True, append_images=others, duration=duration, lossless=True)
+    else:
+        picture.save(path)
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ def contact_sheet(rows: Sequence[Row], heading: str = "") -> Image.Image:
     """All rows below each other, captions on the left, every picture in a square cell under its label.
 
     Small pictures are enlarged by whole factors without smoothing, so that their pixels stay what they are; large ones
-    are reduced to fit.
+    are reduced to fit. Of an animation four frames are shown, from first to last.
     """
     if not any(row.pictures for row in rows):
         raise ValueError("a contact sheet needs at least one picture")
@@ -66,8 +66,35 @@ def _draw_caption(draw: ImageDraw.ImageDraw, caption: str, x: int, y: int) -> No
         y += CAPTION_SIZE + 6
 
 
+def frames(picture: Image.Image) -> list[Image.Image]:
+    """All frames of an animation, or the one picture."""
+    found = []
+    for index in range(getattr(picture, "n_frames", 1)):
+        picture.seek(index)
+        found.append(picture.convert("RGB"))
+    picture.seek(0)
+    picture.load()
+    return found
+
+
+def _still(picture: Image.Image) -> Image.Image:
+    """An animation as four of its frames from first to last, row by row."""
+    every = frames(picture)
+    if len(every) == 1:
+        return every[0]
+    width, height = every[0].size
+    tiles = Image.new("RGB", (2 * width, 2 * height))
+    for place in range(4):
+        frame = every[round(place / 3 * (len(every) - 1))]
+        tiles.paste(frame, (place % 2 * width, place // 2 * height))
+    draw = ImageDraw.Draw(tiles)
+    draw.line([(width, 0), (width, 2 * height)], PAPER, 3)
+    draw.line([(0, height), (2 * width, height)], PAPER, 3)
+    return tiles
+
+
 def _fitted(picture: Image.Image) -> Image.Image:
-    picture = picture.convert("RGB")
+    picture = _still(picture)
     longest = max(picture.size)
     if longest <= CELL:
         factor = CELL // longest

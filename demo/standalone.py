@@ -7,8 +7,9 @@ share the graphs.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,18 @@ from ..attention.adain import adain, region_adain
 from ..attention.regions import SemanticMap
 from ..samplers.ddim_inversion import ddim_inversion
 from ..samplers.ddpm_inversion import ddpm_inversion
+from ..samplers.guidance import Stream
 from ..samplers.inversion import Inversion
 from ..samplers.replay import replay
+from ..samplers.report_plot import report_plot
+from ..samplers.semantix import FOR_IMAGES, FOR_VIDEO, Weights, semantix_energy
+from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
 from . import model as paperland
-from . import scenes
+from . import motion, scenes
 from .client import Graph, Progress, node_title, progress_of
+from .guided import EnergyGuided
 
+PUBLISHED_WEIGHTS = {"published for images": FOR_IMAGES, "published for video": FOR_VIDEO}
 # Levels per model call on an accelerator; on a CPU one image of 32x32 places keeps the cores busy.
 GPU_LEVELS = 16
 
@@ -45,6 +52,7 @@ class Replaying:
     skip: int
     exact: bool
     start: Tensor
+    adain: StepAdaIN | None = None
 
 
 def run_graph(graph: Graph, progress: Callable[[Progress], None] | None = None) -> list[Picture]:
@@ -112,6 +120,19 @@ def draw_scene(
     return drawn.images, drawn.labels, drawn.captions[0], scenes.label_image(drawn.labels)
 
 
+def draw_clip(
+    report: Report,
+    layout_seed: int,
+    style_seed: int,
+    frames: int,
+    speed: float = 1.0,
+    width: int = scenes.SIZE,
+    height: int = scenes.SIZE,
+) -> tuple:
+    drawn = motion.clip(layout_seed, style_seed, frames, (height, width), speed)
+    return drawn.images, drawn.labels, drawn.caption, scenes.label_image(drawn.labels)
+
+
 def encode_caption(report: Report, clip: Any, caption: str = "", text: str = "") -> tuple:
     return clip([caption or text]), ""
 
@@ -147,17 +168,24 @@ def invert_ddpm(
     cfg: float,
     seed: int,
     batch_steps: int = 0,
+    same_noise: bool = False,
 ) -> tuple:
-    on = device()
+    on, sigmas = device(), _levels(scheduler, steps)
+    noise = None
+    if same_noise:
+        noise = torch.randn(len(sigmas) - 1, 1, *latent.shape[1:], generator=torch.Generator().manual_seed(seed))
+        noise = noise.expand(-1, *latent.shape)
     inversion = ddpm_inversion(
         model.guided(positive, negative, cfg),
         latent.to(on),
-        _levels(scheduler, steps),
+        sigmas,
+        noise=noise,
         seed=seed,
         batch_steps=batch_steps or (1 if on.type == "cpu" else GPU_LEVELS),
         callback=lambda state: report(state["i"] + 1, state["total"]),
     )
-    return (inversion,)
+    # As the host's inversions do, it remembers its prompt, here the model's own tensor.
+    return (replace(inversion, positive=[[positive, {}]]),)
 
 
 def invert_ddim(
@@ -179,7 +207,7 @@ def invert_ddim(
         refine=refine,
         callback=lambda state: report(state["i"] + 1, state["total"]),
     )
-    return (inversion,)
+    return (replace(inversion, positive=[[positive, {}]]),)
 
 
 def inversion_latent(report: Report, inversion: Inversion, step: int) -> tuple:
@@ -193,9 +221,15 @@ def prepare_replay(
     exact: bool,
     start: Tensor | None = None,
     allow_other_model: bool = False,
+    adain_reference: Inversion | None = None,
+    adain_start: float = PUBLISHED_START,
+    semantic_map: SemanticMap | None = None,
 ) -> tuple:
     first = inversion.trajectory[skip] if start is None else start.to(inversion.clean)
-    going = Replaying(inversion, skip, exact, first)
+    adain = None
+    if adain_reference is not None:
+        adain = StepAdaIN(adain_reference, inversion.steps, adain_start, semantic_map)
+    going = Replaying(inversion, skip, exact, first, adain)
     return going, going, inversion.sigmas[skip:], inversion.clean
 
 
@@ -249,9 +283,57 @@ def sample(
         sigmas,
         inversion=sampler.inversion,
         exact=sampler.exact,
+        after_step=sampler.adain,
         callback=lambda state: report(state["i"] + 1, state["total"]),
     )
     return out, out
+
+
+def restyle_by_energy(
+    report: Report,
+    model: Any,
+    positive: Tensor,
+    negative: Tensor,
+    context: Inversion,
+    reference: Inversion,
+    cfg: float,
+    weights: str,
+    style_weight: float,
+    spatial_weight: float,
+    semantic_weight: float,
+    position_weight: float,
+    adain_start: float = PUBLISHED_START,
+    semantic_map: SemanticMap | None = None,
+    skip: int = 0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    exact: bool = True,
+    checkpointing: bool = False,
+    allow_other_model: bool = False,
+) -> tuple:
+    own = Weights(style_weight, spatial_weight, semantic_weight, position_weight)
+    assert reference.positive is not None
+    energy = semantix_energy(
+        Stream(context),
+        Stream(reference, reference.positive[0][0]),
+        PUBLISHED_WEIGHTS.get(weights, own),
+        start_percent,
+        end_percent,
+        semantic_map,
+    )
+    sigmas = context.sigmas[skip:]
+    guided = EnergyGuided(model, positive, negative, cfg, energy, sigmas)
+    out = replay(
+        guided,
+        context.trajectory[skip],
+        sigmas,
+        inversion=context,
+        exact=exact,
+        after_step=StepAdaIN(reference, context.steps, adain_start, semantic_map),
+        callback=lambda state: report(state["i"] + 1, state["total"]),
+    )
+    table = guided.report.table()
+    return out, report_plot(table), f"{len(table['sigma'])} guided steps"
 
 
 def pair_labels(report: Report, content: Tensor, style: Tensor) -> tuple:
@@ -271,19 +353,40 @@ def show(report: Report, images: Tensor, filename_prefix: str = "") -> tuple:
     return (images,)
 
 
-SHOW = ("PreviewImage", "SaveImage")
+def show_moving(
+    report: Report, images: Tensor, filename_prefix: str, fps: float, lossless: bool, quality: int, method: str
+) -> tuple:
+    """One animation of all frames."""
+    frames = [_to_picture(image) for image in images]
+    file = io.BytesIO()
+    frames[0].save(
+        file,
+        "WEBP",
+        save_all=True,
+        append_images=frames[1:],
+        duration=int(1000 / fps),
+        lossless=lossless,
+        quality=quality,
+    )
+    return ([Image.open(file)],)
+
+
+SHOW = ("PreviewImage", "SaveImage", "SaveAnimatedWEBP", "SemanticStylePreviewMap")
 NODES: dict[str, Callable[..., tuple]] = {
-    **dict.fromkeys(SHOW, show),
+    **dict.fromkeys(("PreviewImage", "SaveImage"), show),
     "CFGGuider": guide,
     "CLIPTextEncode": encode_caption,
     "KSampler": sample_from_noise,
     "PrimitiveInt": number,
     "SamplerCustomAdvanced": sample,
+    "SaveAnimatedWEBP": show_moving,
     "SemanticStyleAdaIN": restyle,
     "SemanticStyleDDIMInversion": invert_ddim,
     "SemanticStyleDDPMInversion": invert_ddpm,
     "SemanticStyleInversionLatent": inversion_latent,
+    "SemanticStyleKSampler": restyle_by_energy,
     "SemanticStyleMapFromLabels": pair_labels,
+    "SemanticStylePaperlandClip": draw_clip,
     "SemanticStylePaperlandEncode": encode_caption,
     "SemanticStylePaperlandLatent": empty_latent,
     "SemanticStylePaperlandModel": load_model,
@@ -300,5 +403,7 @@ def _levels(scheduler: str, steps: int) -> Tensor:
     return paperland.sigmas_normal(steps)
 
 
-def _to_picture(image: Tensor) -> Image.Image:
+def _to_picture(image: Tensor | Image.Image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
     return Image.fromarray((image.float().cpu().numpy() * 255).clip(0, 255).astype(np.uint8))

@@ -18,6 +18,7 @@ def shortened(graph: Graph) -> Graph:
         inputs = node["inputs"]
         inputs |= {"steps": STEPS} if "steps" in inputs else {}
         inputs |= {"batch_size": 2} if "batch_size" in inputs else {}
+        inputs |= {"frames": 2} if "frames" in inputs else {}
         if node["class_type"] == "PrimitiveInt":
             inputs["value"] = STEPS // 2
     return graph

@@ -24,6 +24,7 @@ API = ROOT / "workflows" / "api"
 SECONDS = 400
 # SaveImage cuts to 8 bits, so that a value and its equal up to rounding may be a level apart.
 ONE_LEVEL = 1.01 / 255
+SD15 = ("invert_and_reconstruct_sd15", "adain_sd15", "semantix_image_sd15", "semantix_video_sd15")
 PHOTOS = ("10.jpg", "10_paint.jpg")
 
 Pictures = dict[str, np.ndarray]
@@ -183,6 +184,72 @@ def test_the_restyled_graph_is_served_from_the_cache(restyled: tuple[Graph, Pict
     assert_cached(comfy_client, *restyled)
 
 
+def in_steps(name: str, steps: int) -> Graph:
+    """A graph of Semantix with fewer steps."""
+    graph = load(name)
+    for node in graph.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = steps
+    return graph
+
+
+@pytest.fixture(scope="module")
+def restyled_by_energy(comfy_server) -> tuple[Graph, Pictures]:
+    graph = in_steps("semantix_image", 8)
+    with Client(comfy_server.address) as client:
+        return graph, pictures(client, graph)
+
+
+def test_semantix_takes_the_references_colours_and_keeps_the_layout(
+    restyled_by_energy: tuple[Graph, Pictures],
+) -> None:
+    graph, found = restyled_by_energy
+    context, labels = drawn(titled(graph, "Draw the context"))
+    reference, reference_labels = drawn(titled(graph, "Draw the reference"))
+    assert np.abs(found["Context"][0] - context).max() <= ONE_LEVEL
+    assert np.abs(found["Reference"][0] - reference).max() <= ONE_LEVEL
+    regions = [r for r in np.unique(labels) if min((labels == r).sum(), (reference_labels == r).sum()) >= 64]
+    assert len(regions) >= 4
+    wanted = region_colours(reference, reference_labels, regions)
+
+    def distance(picture: np.ndarray) -> float:
+        return float(np.linalg.norm(region_colours(picture, labels, regions) - wanted, axis=1).mean())
+
+    whole, by_region = (found[title][0] for title in ("Restyled", "Restyled region by region"))
+    assert distance(whole) < 0.9 * distance(context)
+    assert distance(by_region) < 0.6 * distance(context)
+    assert distance(by_region) < distance(whole)
+    assert explained(whole, labels) > explained(whole, reference_labels)
+    assert found["What the terms did"].shape == (1, 600, 900, 3)
+
+
+def test_restyling_again_is_served_from_the_cache(
+    restyled_by_energy: tuple[Graph, Pictures], comfy_client: Client
+) -> None:
+    assert_cached(comfy_client, *restyled_by_energy)
+
+
+def test_each_term_changes_the_picture_and_nothing_gives_the_context_back(comfy_client: Client) -> None:
+    graph = in_steps("semantix_ablations", 8)
+    found = pictures(comfy_client, graph)
+    context, _ = drawn(titled(graph, "Draw the context"))
+    assert np.abs(found["No term, no AdaIN"][0] - context).max() <= ONE_LEVEL
+    whole = found["All terms"][0]
+    for title in ("AdaIN only", "Without the style term", "Without the spatial term"):
+        assert np.abs(found[title][0] - whole).mean() > 0.01, title
+
+
+def test_a_moving_scene_is_restyled_frame_by_frame(comfy_client: Client) -> None:
+    graph = in_steps("semantix_video", 3)
+    titled(graph, "Draw the moving context")["frames"] = 3
+    result = comfy_client.run(graph, timeout=SECONDS)
+    shown = {graph[number]["_meta"]["title"]: images for number, images in comfy_client.images(result).items()}
+    (moving,), (context,) = shown["Restyled"], shown["Context"]
+    assert getattr(moving, "n_frames", 1) == getattr(context, "n_frames", 1) == 3
+    difference = np.asarray(moving.convert("RGB")).astype(int) - np.asarray(context.convert("RGB"))
+    assert np.abs(difference).mean() > 5
+
+
 def put_photo(server: Any, graph: Graph, photo: Path, scene: str) -> None:
     """The photo in place of the drawn scene of that title, in a size that is not square; there are no labels then."""
     if not photo.is_file():
@@ -241,9 +308,9 @@ def refusals(address: str, graph: Graph) -> dict[str, set[str]]:
         return {n: {e["extra_info"].get("input_name", "") for e in entry["errors"]} for n, entry in found.items()}
 
 
-@pytest.mark.parametrize("name", ["invert_and_reconstruct_sd15", "adain_sd15"])
+@pytest.mark.parametrize("name", SD15)
 def test_an_sd15_graph_lacks_nothing_but_its_files(comfy_server, name: str) -> None:
     graph = load(name)
-    asked = {"CheckpointLoaderSimple": {"ckpt_name"}, "LoadImage": {"image"}}
+    asked = {"CheckpointLoaderSimple": {"ckpt_name"}, "LoadImage": {"image"}, "LoadVideo": {"file"}}
     expected = {n: asked[node["class_type"]] for n, node in graph.items() if node["class_type"] in asked}
     assert refusals(comfy_server.address, graph) == expected

@@ -49,6 +49,29 @@ def test_rows_may_have_different_lengths_and_long_words() -> None:
     assert count[BLUE] == sheet.CELL**2
 
 
+def animation(colours: list[tuple[int, int, int]], size: tuple[int, int] = (8, 8)) -> Image.Image:
+    file = io.BytesIO()
+    first, *others = [picture(*size, colour) for colour in colours]
+    first.save(file, "WEBP", save_all=True, append_images=others, duration=250, lossless=True)
+    return Image.open(file)
+
+
+def test_an_animation_is_shown_as_four_frames_and_saved_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colours = [(40 * i, 0, 0) for i in range(7)]
+    moving = animation(colours, (128, 128))
+    shown = np.asarray(sheet._fitted(moving))
+    assert shown.shape == (sheet.CELL, sheet.CELL, 3)
+    corners = [shown[y, x].tolist() for y in (30, 220) for x in (30, 220)]
+    assert corners == [[40 * i, 0, 0] for i in (0, 2, 4, 6)]
+    monkeypatch.setattr(run, "GRAPHS", [run.DemoGraph("graph", "a caption")])
+    run.save([sheet.Row("a caption", [("Moving", moving)])], tmp_path)
+    with Image.open(tmp_path / "graph_1_moving.webp") as saved:
+        assert [frame.getpixel((0, 0)) for frame in sheet.frames(saved)] == colours
+        assert saved.info["duration"] == 250
+
+
 def test_a_sheet_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         sheet.contact_sheet([sheet.Row("nothing", [])])

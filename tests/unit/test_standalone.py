@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from semantic_style.demo import model as paperland
-from semantic_style.demo import run, scenes, standalone
+from semantic_style.demo import motion, run, scenes, sheet, standalone
 from semantic_style.demo.client import Graph, Progress
 from semantic_style.demo.unet import UNetConfig
 
@@ -150,3 +150,59 @@ def test_the_sampler_is_of_second_order() -> None:
 
     assert error(80) < 1e-3
     assert error(40) / error(80) > 3
+
+
+def restyling(**settings: object) -> Graph:
+    """Two scenes inverted, the one restyled like the other by an energy."""
+    graph = reconstruction(style_of_noise=9)
+    weights = {"style_weight": 3.0, "spatial_weight": 0.9, "semantic_weight": 1.0, "position_weight": 3.0}
+    inputs = {"model": ["1", 0], "positive": ["3", 0], "negative": ["3", 0], "context": ["5", 0]}
+    inputs |= {"reference": ["22", 0], "cfg": 2.0, "weights": "as set below", "semantic_map": ["25", 0]}
+    graph["30"] = node("SemanticStyleKSampler", **{**inputs, **weights, **settings})
+    graph["31"] = node("VAEDecode", samples=["30", 0], vae=["1", 2])
+    return {
+        **{number: entry for number, entry in graph.items() if number not in ("9", "10")},
+        "32": node("SaveImage", "Restyled", images=["31", 0], filename_prefix="x"),
+        "33": node("PreviewImage", "Plot", images=["30", 1]),
+    }
+
+
+@pytest.mark.usefixtures("_small_untrained_model")
+def test_restyling_by_an_energy() -> None:
+    def pictures(**settings: object) -> dict[str, np.ndarray]:
+        made = standalone.run_graph(restyling(**settings))
+        return {label: np.asarray(picture).astype(int) for label, picture in made}
+
+    nothing = {"style_weight": 0.0, "spatial_weight": 0.0, "semantic_weight": 0.0}
+    kept, by_adain = pictures(**nothing, adain_start=1.0), pictures(**nothing)
+    guided, preset = pictures(), pictures(weights="published for images", **nothing)
+    assert np.abs(kept["Restyled"] - kept["Given"]).max() <= LEVEL_OF_GREY, "nothing is switched on"
+    assert np.abs(by_adain["Restyled"] - kept["Given"]).mean() > 1
+    assert np.abs(guided["Restyled"] - by_adain["Restyled"]).mean() > 0.1
+    assert np.array_equal(guided["Restyled"], preset["Restyled"])
+    assert guided["Plot"].shape == (600, 900, 3)
+    assert not np.array_equal(guided["Plot"], kept["Plot"])
+
+
+@pytest.mark.usefixtures("_small_untrained_model")
+def test_a_replay_with_adain_is_another_picture() -> None:
+    plain, styled = reconstruction(9), reconstruction(9)
+    for graph in (plain, styled):
+        del graph["6"]["inputs"]["start"]
+    styled["6"]["inputs"] |= {"adain_reference": ["22", 0], "adain_start": 0.0, "semantic_map": ["25", 0]}
+    (_, given), (_, changed) = (standalone.run_graph(graph)[0] for graph in (plain, styled))
+    assert np.abs(np.asarray(given).astype(int) - np.asarray(changed)).mean() > 1
+
+
+def test_a_moving_scene_becomes_one_animation() -> None:
+    drawn = {"layout_seed": 3, "style_seed": 4, "frames": 5, "speed": 4.0, "width": 64, "height": 48}
+    webp = {"filename_prefix": "x", "fps": 8.0, "lossless": True, "quality": 90, "method": "default"}
+    graph = {
+        "1": node("SemanticStylePaperlandClip", **drawn),
+        "2": node("SaveAnimatedWEBP", "Moving", images=["1", 0], **webp),
+    }
+    ((label, animation),) = standalone.run_graph(graph)
+    shown = sheet.frames(animation)
+    expected = (motion.clip(3, 4, 5, (48, 64), 4.0).images * 255).numpy().astype(np.uint8)
+    assert (label, len(shown)) == ("Moving", 5)
+    assert np.array_equal(np.stack([np.asarray(frame) for frame in shown]), expected)

@@ -13,6 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json"))
 NOTES = ("Note", "MarkdownNote")
+SAVE = ("SaveImage", "SaveAnimatedWEBP")
 THUMBNAIL_BYTES = 60_000
 TITLE_BAR = 30
 
@@ -72,7 +73,7 @@ def test_no_seed_changes_by_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_go_into_a_folder_of_the_graph(name: str) -> None:
-    saved = [n["inputs"] for n in load("api", f"{name}.json").values() if n["class_type"] == "SaveImage"]
+    saved = [n["inputs"] for n in load("api", f"{name}.json").values() if n["class_type"] in SAVE]
     assert saved
     prefixes = [inputs["filename_prefix"] for inputs in saved]
     assert all(prefix.startswith(f"semantic_style/{name}/") for prefix in prefixes)
