@@ -196,7 +196,11 @@ class _Run:
         **kwargs: Any,
     ) -> list[Tensor]:
         level, to = float(timestep[0]), model_options.get("transformer_options", {})
-        if to.get(REFERENCE) or not self._acts(model, level):
+        acts = self._acts(model, level)
+        if not acts and self.scsa is not None:
+            self.scsa.prepared.clear()
+            self.level = None
+        if not acts or to.get(REFERENCE):
             return executor(model, conds, x, timestep, model_options, *args, **kwargs)
         if (timestep != timestep[0]).any():
             raise ValueError("SCSA takes one noise level per call; use it with a sampler, not with an inversion node")

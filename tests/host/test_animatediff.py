@@ -16,9 +16,12 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
+from semantic_style.attention.regions import SemanticMap
+from semantic_style.attention.scsa import Settings
 from semantic_style.benchmarks.models import conditioning, small_sd15
 from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.references import ReferenceCache
+from semantic_style.host.scsa import Patch, Pictures, apply_scsa
 from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, Replay
 from semantic_style.nodes.semantix import KSampler
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
@@ -451,3 +454,23 @@ def test_the_node_restyles_a_clip(peer, plain, motion, context):
     assert out.shape == (FRAMES, 4, 8, 8)
     assert torch.isfinite(out).all()
     assert error(out, latent()) > 0.05
+
+
+@pytest.mark.parametrize("context", ["whole clip", "static windows"])
+def test_scsa_takes_a_clip_as_a_whole(peer, plain, motion, calls, context):
+    """Content and style each in a call of their own, a still style as a still clip."""
+    model = animated(peer, plain, motion, context)
+    clip, still = invert(model, latent(), node=DDIMInversion), invert(plain, latent(1, seed=5), node=DDIMInversion)
+    labels = torch.zeros(1, 8, 8, dtype=torch.long)
+    labels[:, 4:] = 1
+    patch = Patch(Pictures(clip, still), SemanticMap(labels, labels), Settings(a1=0.0))
+    patched = apply_scsa(model, patch)
+    calls.clear()
+    if context != "whole clip":
+        with pytest.raises(ValueError, match="does not know context windows"):
+            resample(patched, clip)
+        return
+    out = resample(patched, clip)
+    assert [c.rows for c in calls] == [FRAMES, FRAMES, 2 * FRAMES] * STEPS
+    assert error(out, latent()) > 0.1
+    assert torch.equal(out, resample(patched, clip))
