@@ -211,12 +211,15 @@ def test_semantix_takes_the_references_colours_and_keeps_the_layout(
     regions = [r for r in np.unique(labels) if min((labels == r).sum(), (reference_labels == r).sum()) >= 64]
     assert len(regions) >= 4
     wanted = region_colours(reference, reference_labels, regions)
+    areas = np.array([(labels == r).sum() for r in regions])
 
     def distance(picture: np.ndarray) -> float:
-        return float(np.linalg.norm(region_colours(picture, labels, regions) - wanted, axis=1).mean())
+        """Of the regions' mean colours, by area: Semantix's matches serve the small regions worst."""
+        distances = np.linalg.norm(region_colours(picture, labels, regions) - wanted, axis=1)
+        return float((areas * distances).sum() / areas.sum())
 
     whole, by_region = (found[title][0] for title in ("Restyled", "Restyled region by region"))
-    assert distance(whole) < 0.9 * distance(context)
+    assert distance(whole) < 0.7 * distance(context)
     assert distance(by_region) < 0.6 * distance(context)
     assert distance(by_region) < distance(whole)
     assert explained(whole, labels) > explained(whole, reference_labels)
