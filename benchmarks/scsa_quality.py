@@ -40,6 +40,7 @@ SKIP = 1
 WRONG = 0.2
 BLOCK = 16  # pixels, of wrong labels
 PLACE = paperland.PATCH
+ALSO_RATED = ("one", "automatic, number given")  # maps that are compared with the true ones beside those of variants
 AUTO_SIGMA = 0.6  # the node's default
 GRID_ROWS = 6
 CELL, GAP, HEAD = 128, 6, 34
@@ -84,7 +85,6 @@ def variants() -> dict[str, Variant]:
         "without S-AdaIN": replace(full, adain=False),
         "without map pictures": replace(full, pictures=None, settings=Settings(a1=0.0)),
         "automatic maps": maps("automatic"),
-        "automatic, number given": maps("automatic, number given"),
         "20% wrong, blocks": maps("blocks"),
         "20% wrong, places": maps("places"),
     }
@@ -216,10 +216,12 @@ def run_batch(
         pictures[name] = prepared.run(variant)
         seconds[name] = (time.perf_counter() - start) / len(numbers)
         tell(name)
+    for name in ALSO_RATED:
+        prepared.maps_of(name)
     return {
         "numbers": list(numbers),
         "figures": {name: judge(images) for name, images in pictures.items()},
-        "maps": {name: maps_figures(pairs, maps) for name, maps in prepared.maps.items() if name != "one"},
+        "maps": {name: maps_figures(pairs, maps) for name, maps in prepared.maps.items()},
         "seconds": seconds,
         "pictures": {name: (images * 255).round().byte() for name, images in pictures.items()},
     }
@@ -242,27 +244,26 @@ def fingerprint(arguments: argparse.Namespace, chosen: dict[str, Variant]) -> st
 
 
 def work(arguments: argparse.Namespace, chosen: dict[str, Variant], worker: int) -> None:
-    """Every `workers`-th batch that is not there yet."""
+    """Batches that are not there yet: every worker starts in its own part and goes on where others have not been."""
     torch.set_num_threads(1)
     mark = fingerprint(arguments, chosen)
-    mine = [b for b in batches(arguments)[worker :: arguments.workers] if not batch_file(arguments, b, mark).exists()]
     model = paperland.load(arguments.checkpoint)
-    start, parts, total = time.perf_counter(), 0, len(mine) * (len(chosen) + 1)
-    for numbers in mine:
-
-        def tell(what: str, numbers: range = numbers) -> None:
-            nonlocal parts
-            parts += 1
-            gone = time.perf_counter() - start
-            print(
-                f"worker {worker}: pairs {numbers.start}-{numbers[-1]}, {what}; {parts}/{total}, {gone:.0f} s gone, "
-                f"about {gone / parts * (total - parts):.0f} s left",
-                flush=True,
-            )
-
+    everything = batches(arguments)
+    first = worker * len(everything) // arguments.workers
+    for numbers in [*everything[first:], *everything[:first]]:
         path = batch_file(arguments, numbers, mark)
-        torch.save(run_batch(model, numbers, chosen, arguments.steps, tell), path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        if path.exists():
+            continue
+        start = time.perf_counter()
+
+        def tell(what: str, numbers: range = numbers, start: float = start) -> None:
+            gone = time.perf_counter() - start
+            print(f"worker {worker}: pairs {numbers.start}-{numbers[-1]}, {what}, {gone:.0f} s", flush=True)
+
+        result = run_batch(model, numbers, chosen, arguments.steps, tell)
+        part = path.with_suffix(f".part{worker}")
+        torch.save(result, part)
+        part.replace(path)
 
 
 def gather(arguments: argparse.Namespace, chosen: dict[str, Variant]) -> dict[str, Any]:
