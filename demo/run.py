@@ -52,6 +52,7 @@ GRAPHS = (
     ),
     DemoGraph("semantix_ablations", "The same with terms of the energy switched off: what each of them is for"),
     DemoGraph("semantix_video", "Semantix on a moving scene, the frames as a batch; four of them are shown"),
+    DemoGraph("scsa_colors", "SCSA: every region is painted with what the style has in the same region"),
 )
 
 

@@ -31,6 +31,7 @@ from . import model as paperland
 from . import motion, scenes
 from .client import Graph, Progress, node_title, progress_of
 from .guided import EnergyGuided
+from .standalone_scsa import NODES as SCSA_NODES
 
 PUBLISHED_WEIGHTS = {"published for images": FOR_IMAGES, "published for video": FOR_VIDEO}
 # Levels per model call on an accelerator; on a CPU one image of 32x32 places keeps the cores busy.
@@ -374,6 +375,7 @@ def show_moving(
 SHOW = ("PreviewImage", "SaveImage", "SaveAnimatedWEBP", "SemanticStylePreviewMap")
 NODES: dict[str, Callable[..., tuple]] = {
     **dict.fromkeys(("PreviewImage", "SaveImage"), show),
+    **SCSA_NODES,
     "CFGGuider": guide,
     "CLIPTextEncode": encode_caption,
     "KSampler": sample_from_noise,

@@ -152,14 +152,15 @@ LAYOUTS = {
         title="SCSA: region by region, with colour maps",
         note="Both scenes are inverted (DDIM). **SCSA** lets every region of the content be painted with what the "
         "style has in the same region; equal colours in the two maps are the same region. It begins with the content's "
-        "noise, whose regions take the statistics of the style's.\n\n"
-        "Turn **temperature** and **end_percent** on **SCSA**, and look at **Regions** first.",
+        "noise, whose regions take the statistics of the style's, here by half: all of it, as published, makes specks "
+        "at the borders of flat regions.\n\n"
+        "Turn **temperature** on **SCSA** and **strength** on **AdaIN per region**, and look at **Regions** first.",
         groups={
             "Scenes": [[1, 2, 3], [4, 5, 6]],
             "Invert both": [[7, 8, 9]],
-            "SCSA": [[11], [12, 13, 14, 15]],
-            "Replay": [[16, 17, 18, 19]],
-            "Pictures": [[20, 21], [10, 22]],
+            "SCSA": [[10], [11, 12, 13, 14]],
+            "Replay": [[15, 16, 17, 18]],
+            "Pictures": [[19, 20], [21, 22]],
         },
         thumbnail=("Content", "Style", "Restyled"),
     ),
@@ -172,9 +173,9 @@ LAYOUTS = {
         groups={
             "Scenes": [[1, 2, 3], [4, 5, 6]],
             "Invert both": [[7, 8, 9]],
-            "SCSA": [[11], [12, 13, 14, 15]],
-            "Replay": [[16, 17, 18, 19]],
-            "Pictures": [[20, 21], [10, 22]],
+            "SCSA": [[10], [11, 12, 13, 14]],
+            "Replay": [[15, 16, 17, 18]],
+            "Pictures": [[19, 20], [21, 22]],
         },
         thumbnail=("Content", "Style", "Restyled"),
     ),
@@ -186,8 +187,8 @@ LAYOUTS = {
         groups={
             "Scenes": [[1, 2, 3], [4, 5, 6, 7]],
             "Invert both": [[8, 9, 10]],
-            "Restyle": [[12], [13, 14]],
-            "Pictures": [[15, 16], [11, 17]],
+            "Restyle": [[11], [12, 13]],
+            "Pictures": [[14, 15], [16, 17]],
         },
         thumbnail=("Context", "Reference", "Restyled by both"),
     ),
@@ -201,9 +202,9 @@ LAYOUTS = {
             "Pictures": [[1, 2, 3], [4, 5, 10]],
             "Regions": [[6, 7, 15], [8, 9]],
             "Invert both": [[11, 12], [13, 14]],
-            "SCSA": [[17], [18, 19, 20, 21]],
-            "Replay": [[22, 23, 24, 25]],
-            "Results": [[26, 27], [16, 28]],
+            "SCSA": [[16], [17, 18, 19, 20]],
+            "Replay": [[21, 22, 23, 24]],
+            "Results": [[25, 26], [27, 28]],
         },
     ),
     "scsa_auto_sd15": Layout(
@@ -215,9 +216,9 @@ LAYOUTS = {
         groups={
             "Pictures": [[1, 2, 3], [4, 5, 6]],
             "Invert both": [[7, 8], [9, 10, 11]],
-            "SCSA": [[13], [14, 15, 16, 17]],
-            "Replay": [[18, 19, 20, 21]],
-            "Results": [[22, 23], [12, 24]],
+            "SCSA": [[12], [13, 14, 15, 16]],
+            "Replay": [[17, 18, 19, 20]],
+            "Results": [[21, 22], [23, 24]],
         },
     ),
     "scsa_semantix_sd15": Layout(
@@ -229,8 +230,8 @@ LAYOUTS = {
         groups={
             "Pictures": [[1, 2, 3], [4, 5, 6, 7]],
             "Invert both": [[8, 9], [10, 11, 12]],
-            "Restyle": [[14], [15, 16]],
-            "Results": [[17, 18], [13, 19]],
+            "Restyle": [[13], [14, 15]],
+            "Results": [[16, 17], [18, 19]],
         },
     ),
 }
