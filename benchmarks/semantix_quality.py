@@ -329,25 +329,29 @@ def gather(arguments: argparse.Namespace, settings: dict[str, Setting]) -> dict[
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures as a markdown table."""
-    heads = ["", *FIGURES.values(), "full ahead by", "of pairs", "gradient", "saturated", "s per pair"]
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    """Two markdown tables: the figures, and what the runs did."""
+
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    lines = [row(["", *FIGURES.values(), "full ahead by", "in pairs"]), row(["---", *["---:"] * (len(FIGURES) + 2)])]
     for name, figures in report["mean_and_standard_error"].items():
-        cells = [
-            f"{mean:.3f}" if figure != "score" else f"**{mean:.3f}** ± {error:.3f}"
-            for figure, (mean, error) in figures.items()
-        ]
+        cells = [f"{mean:.3f}" for mean, _ in list(figures.values())[:-1]]
+        cells.append("**{:.3f}** ± {:.3f}".format(*figures["score"]))
         ahead = report["full_ahead_by_score"][name]
-        cells += (
-            ["", ""]
-            if name == "full"
-            else [f"{ahead['mean']:+.3f} ± {ahead['error']:.3f}", f"{ahead['share_of_pairs']:.0%}"]
-        )
-        did = report["guidance"].get(name)
-        cells += [f"{did['gradient']:.3f}", f"{did['saturated']:.2%}"] if did and did["gradient"] else ["", ""]
-        seconds = report["seconds_per_pair"].get(name)
-        cells.append("" if seconds is None else f"{seconds:.1f}")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        won = ["", ""]
+        if name != "full":
+            won = [f"{ahead['mean']:+.3f} ± {ahead['error']:.3f}", f"{ahead['share_of_pairs']:.0%}"]
+        lines.append(row([name, *cells, *won]))
+    lines += [
+        "",
+        row(["", "mean size of the gradient", "cut by the clamp", "seconds per pair"]),
+        row(["---", *["---:"] * 3]),
+    ]
+    for name, seconds in report["seconds_per_pair"].items():
+        did = report["guidance"].get(name, {"gradient": 0.0})
+        size = [f"{did['gradient']:.3f}", f"{did['saturated']:.2%}"] if did["gradient"] else ["", ""]
+        lines.append(row([name, *size, f"{seconds:.1f}"]))
     return "\n".join(lines) + "\n"
 
 
@@ -362,7 +366,7 @@ def grid(arguments: argparse.Namespace, settings: dict[str, Setting]) -> Any:
     sheet = Image.new("RGB", (len(pictures) * (CELL + GAP) - GAP, HEAD + rows * (CELL + GAP) - GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     for column, (name, images) in enumerate(pictures.items()):
-        draw.text((column * (CELL + GAP), 8), name, (40, 36, 32), font)
+        draw.text((column * (CELL + GAP), 8), name.removeprefix("full, "), (40, 36, 32), font)
         for row, image in enumerate(images):
             sheet.paste(Image.fromarray(image), (column * (CELL + GAP), HEAD + row * (CELL + GAP)))
     return sheet
@@ -403,10 +407,28 @@ def main() -> None:
     if arguments.worker is not None:
         return
     report = gather(arguments, settings)
-    (arguments.out / "semantix_quality.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (arguments.out / "semantix_quality.json").write_text(_as_json(report), encoding="utf-8")
     (arguments.out / "semantix_table.md").write_text(table(report), encoding="utf-8")
     grid(arguments, settings).save(arguments.out / "semantix_grid.png", optimize=True)
     print(table(report))
+
+
+def _as_json(report: dict[str, Any]) -> str:
+    """A line per entry of the second level, numbers to five digits."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.5g}")
+        if isinstance(value, dict):
+            return {k: short(v) for k, v in value.items()}
+        return [short(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    def entry(value: Any) -> str:
+        if not isinstance(value, dict):
+            return json.dumps(value)
+        return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n }"
+
+    return "{\n" + ",\n".join(f" {json.dumps(k)}: {entry(v)}" for k, v in short(report).items()) + "\n}\n"
 
 
 def _own_command() -> list[str]:
