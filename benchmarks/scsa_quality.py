@@ -118,9 +118,10 @@ def automatic_maps(
     """Joint clustering of both pictures' decoder features, of every pair by itself, as the node does it; 0 regions
     chooses."""
     found: list[list[Tensor]] = []
+    noise = torch.randn(content.clean.shape[1:], generator=torch.Generator().manual_seed(0))
     for inversion in (content, style):
         tap = FeatureTap(feature_blocks(model.unet))
-        x = inversion.at(AUTO_SIGMA)
+        x = inversion.clean + AUTO_SIGMA * noise
         model(x, x.new_full((len(x),), AUTO_SIGMA), model.text([""]).expand(len(x), -1, -1), tap.options())
         found.append([tap.features[b] for b in tap.blocks])
     rows = []
@@ -221,6 +222,7 @@ def run_batch(
     return {
         "numbers": list(numbers),
         "figures": {name: judge(images) for name, images in pictures.items()},
+        "maps_read": "fresh noise",
         "maps": {name: maps_figures(pairs, maps) for name, maps in prepared.maps.items()},
         "seconds": seconds,
         "pictures": {name: (images * 255).round().byte() for name, images in pictures.items()},

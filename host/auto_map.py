@@ -35,7 +35,7 @@ class Request:
             patches stay.
         content, style: one picture each or equally many, or several and one for all.
         conditioning: the prompt to read both with; None for what each was inverted with.
-        sigma: noise level at which the features are read.
+        sigma: noise level at which the features are read; the noise is drawn from the seed.
         regions, smoothing, seed: see `attention.clustering.cluster`.
         allow_other_model: the inversions may be of another checkpoint of the same structure.
     """
@@ -130,6 +130,17 @@ def _unpatched(model: "ModelPatcher") -> "ModelPatcher":
     return clone
 
 
+def noised(clean: Tensor, sigma: float, seed: int) -> Tensor:
+    """`clean + sigma * noise` [B, C, *S], the same noise for every picture.
+
+    Not the inversion's own latent: what DDIM inversion makes is no noise to the model. On Paperland regions found from
+    it agree less with the true ones (docs/scsa.md).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(clean.shape[1:], generator=generator, dtype=torch.float32)
+    return clean + sigma * noise.to(clean)
+
+
 class _Reading(comfy.samplers.Sampler):
     """A host sampler that reads features instead of sampling. One object for one run: it keeps the run's result."""
 
@@ -143,7 +154,7 @@ class _Reading(comfy.samplers.Sampler):
         bar = comfy.utils.ProgressBar(len(self.prompts))
         for side, prompt in zip(self.request.sides, self.prompts, strict=True):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            latent = side.at(self.request.sigma).to(noise)
+            latent = noised(side.clean, self.request.sigma, self.request.seed).to(noise)
             self.features.append(self._read(model_wrap, latent, prompt, extra_args["model_options"]))
             bar.update(1)
         return noise

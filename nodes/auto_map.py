@@ -55,7 +55,8 @@ class AutoMap(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=False,
-                    tooltip="Another seed starts the clustering elsewhere; try some if regions are not as you want.",
+                    tooltip="Of the noise that is added for the look, and of the clustering; try some if regions are "
+                    "not as you want.",
                 ),
                 io.Float.Input(
                     "sigma",
