@@ -65,8 +65,9 @@ class Setting:
         return any(self.weights)
 
 
-def variants(g_ref: float, g_c: float, g_reg: float, position: float, adain: float) -> dict[str, Setting]:
-    """The full method, each part left out in turn, and what it is compared with."""
+def variants(weights: Sequence[float], adain: float) -> dict[str, Setting]:
+    """The full method with g_ref, g_c, g_reg and lambda, each part left out in turn, and what it is compared with."""
+    g_ref, g_c, g_reg, position = weights
     full = Setting((g_ref, g_c, g_reg), position, adain)
     return {
         "AdaIN replay": replace(full, weights=(0.0, 0.0, 0.0)),
@@ -388,9 +389,9 @@ def main() -> None:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    settings = variants(*arguments.weights, arguments.adain)
+    settings = variants(arguments.weights, arguments.adain)
     if tuple(arguments.weights) != PUBLISHED:
-        settings["full, published weights"] = variants(*PUBLISHED, PUBLISHED_START)["full"]
+        settings["full, published weights"] = variants(PUBLISHED, PUBLISHED_START)["full"]
     if arguments.only:
         settings = {name: s for name, s in settings.items() if name == "full" or name in arguments.only}
     if arguments.worker is None:
