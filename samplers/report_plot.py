@@ -25,6 +25,8 @@ FOOT = 586
 # Terms that differ by more than this factor get a logarithmic axis, else the small ones would lie on its foot.
 WIDE = 20.0
 DECADES = 4
+# Smaller shares of the largest energy are rounding.
+NOTHING = 1e-7
 STEP_TICKS = 10
 
 NOT_TERMS = ("sigma", "gradient", "saturated")
@@ -112,7 +114,8 @@ def _panel(
     x = float(RIGHT)
     for name, (values, colour) in reversed(list(lines.items())):
         # A term that does not act at a step has no place on a logarithmic axis: its line is interrupted.
-        points = [(_x(i, len(values)), y(v)) if v > 0 or not axis.logarithmic else None for i, v in enumerate(values)]
+        least = NOTHING * axis.high if axis.logarithmic else -math.inf
+        points = [(_x(i, len(values)), y(v)) if v > least else None for i, v in enumerate(values)]
         for part in _unbroken(points):
             pen.line(part, colour, 2.5)
             if len(values) <= STEP_TICKS or len(part) == 1:
@@ -140,8 +143,9 @@ def _x(step: int, steps: int) -> float:
 
 def _energy_axis(terms: Sequence[Sequence[float]]) -> _Axis:
     highest = [max(values) for values in terms]
-    seen = [value for values in terms for value in values if value > 0]
-    if not seen or max(highest) <= WIDE * min(value for value in highest if value > 0):
+    least = NOTHING * max(highest, default=0.0)
+    seen = [value for values in terms for value in values if value > least]
+    if not seen or max(highest) <= WIDE * min(value for value in highest if value > least):
         return _linear(max(highest, default=0.0))
     high = math.ceil(math.log10(max(seen)))
     low = max(math.floor(math.log10(min(seen))), high - DECADES)

@@ -54,6 +54,8 @@ def test_small_terms_get_a_logarithmic_axis() -> None:
 
 def test_a_term_that_does_not_act_has_no_line_on_a_logarithmic_axis() -> None:
     picture = drawn(table(style=[1000.0] * 20, semantic=[0.0] * 10 + [1.0] * 10))
+    rounded = drawn(table(style=[1000.0] * 20, semantic=[1e-11] * 10 + [1.0] * 10))
+    assert np.array_equal(picture, rounded)
     assert height_at(picture, plot.ENERGIES, 0.75, plot.COLOURS[1]) == pytest.approx(0.0, abs=0.02)
     with pytest.raises(AssertionError, match="no line"):
         height_at(picture, plot.ENERGIES, 0.25, plot.COLOURS[1])
