@@ -48,9 +48,10 @@ GRAPHS = (
     DemoGraph("adain_regions", "The content's noise takes the statistics of the style's, then it is replayed"),
     DemoGraph(
         "semantix_image",
-        "Semantix: each thing of the context takes the look of its counterpart in the reference. Scenes chosen by eye",
+        "Semantix draws the context's things to the look of their counterparts in the reference, freely and region by "
+        "region",
     ),
-    DemoGraph("semantix_ablations", "The same with terms of the energy switched off: what each of them is for"),
+    DemoGraph("semantix_ablations", "The same, freely, with terms of the energy switched off: what each is for"),
     DemoGraph("semantix_video", "Semantix on a moving scene, the frames as a batch; four of them are shown"),
     DemoGraph("scsa_colors", "SCSA: every region is painted with what the style has in the same region"),
 )
