@@ -40,8 +40,9 @@ server.serve_forever()
 """
 
 STARTER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's background would pass on "ignored"
 sys.path.insert(0, {tools!r})
 import run
 run.load_pack()
