@@ -6,13 +6,15 @@ coordinates are in image heights, y down, the middle of the picture at (0.5, 0.5
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 REGIONS = ("sky", "sun", "mountain", "hill", "water", "tree", "house", "roof")
 SKY, SUN, MOUNTAIN, HILL, WATER, TREE, HOUSE, ROOF = range(len(REGIONS))
+OBJECTS = {"sun": (SUN,), "tree": (TREE,), "house": (HOUSE, ROOF)}  # things, with the regions that they consist of
+ONLY = ("everything", *(f"one {kind}" for kind in OBJECTS))  # what `chosen` can draw
 TEXTURES = ("shaded", "striped", "dotted", "wavy")
 SHADED, STRIPED, DOTTED, WAVY = range(len(TEXTURES))
 
@@ -51,6 +53,7 @@ SIZE = 128  # pixels of the demo model's images
 COLOR_JITTER = 0.03  # of a named colour, uniform to either side, in 0..1
 SLOTS = 4  # places along the ground: one for the house, the others for trees
 TREES = SLOTS - 1
+OBJECT_MARGIN = 0.2  # of the one object's middle from the sides of a square picture, so that it is whole
 PEAKS = 3
 
 
@@ -306,6 +309,58 @@ def scene(layout_seed: int, style_seed: int, size: tuple[int, int] = (SIZE, SIZE
     """The one scene that two seeds name (batch 1, CPU): a layout seed keeps its shapes in every style, and the
     reverse."""
     return draw(sample_layouts(1, seeded(layout_seed)), sample_styles(1, seeded(style_seed)), size)
+
+
+def single(kind: str, layout_seed: int, style_seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> Scenes:
+    """A scene of sky, hill and exactly one object (batch 1, CPU).
+
+    Sky, hill and object are shaped and painted as in `scene` of the same seeds; the object is moved in from a side of
+    the picture that would cut it.
+
+    Args:
+        kind: a key of `OBJECTS`: "sun", "tree" or "house" (with its roof).
+        size: (height, width) in pixels.
+    Raises:
+        ValueError: a kind that is not known.
+    """
+    if kind not in OBJECTS:
+        raise ValueError(f"there is no object {kind!r}; choose one of {', '.join(OBJECTS)}")
+    layouts = sample_layouts(1, seeded(layout_seed))
+    absent = torch.zeros_like(layouts.has_sun)
+    has_tree = torch.zeros_like(layouts.has_tree)
+    has_tree[:, 0] = kind == "tree"
+    layouts = replace(
+        layouts,
+        has_sun=absent | (kind == "sun"),
+        sun=_whole(layouts.sun),
+        has_mountain=absent,
+        has_water=absent,
+        has_tree=has_tree,
+        trees=_whole(layouts.trees),
+        has_house=absent | (kind == "house"),
+        house=_whole(layouts.house),
+    )
+    return draw(layouts, sample_styles(1, seeded(style_seed)), size)
+
+
+def _whole(things: Tensor) -> Tensor:
+    """Things [..., n] whose first number is x, away from the sides."""
+    return torch.cat([things[..., :1].clamp(OBJECT_MARGIN, 1 - OBJECT_MARGIN), things[..., 1:]], dim=-1)
+
+
+def chosen(only: str, layout_seed: int, style_seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> Scenes:
+    """`scene` for "everything", `single` for the other words of `ONLY`; a ValueError for a word that is not there."""
+    if only not in ONLY:
+        raise ValueError(f"a scene of {only!r} cannot be drawn; choose one of {', '.join(ONLY)}")
+    if only == "everything":
+        return scene(layout_seed, style_seed, size)
+    return single(only.removeprefix("one "), layout_seed, style_seed, size)
+
+
+def object_mask(labels: Tensor) -> Tensor:
+    """Which pixels belong to a sun, tree, house or roof: labels [B, H, W] -> [B, H, W] of 0 and 1."""
+    regions = torch.tensor([region for parts in OBJECTS.values() for region in parts], device=labels.device)
+    return torch.isin(labels, regions).float()
 
 
 def label_image(labels: Tensor) -> Tensor:

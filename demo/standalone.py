@@ -115,10 +115,16 @@ def load_model(report: Report, precision: str = "fp32") -> tuple:
 
 
 def draw_scene(
-    report: Report, layout_seed: int, style_seed: int, width: int = scenes.SIZE, height: int = scenes.SIZE
+    report: Report,
+    layout_seed: int,
+    style_seed: int,
+    width: int = scenes.SIZE,
+    height: int = scenes.SIZE,
+    only: str = scenes.ONLY[0],
 ) -> tuple:
-    drawn = scenes.scene(layout_seed, style_seed, (height, width))
-    return drawn.images, drawn.labels, drawn.captions[0], scenes.label_image(drawn.labels)
+    drawn = scenes.chosen(only, layout_seed, style_seed, (height, width))
+    labels = drawn.labels
+    return drawn.images, labels, drawn.captions[0], scenes.label_image(labels), scenes.object_mask(labels)
 
 
 def draw_clip(

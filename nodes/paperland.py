@@ -151,6 +151,14 @@ class DrawScene(io.ComfyNode):
                     **SIDES,
                     tooltip="Pixels. More height draws the same landscape larger.",
                 ),
+                io.Combo.Input(
+                    "only",
+                    options=list(scenes.ONLY),
+                    default=scenes.ONLY[0],
+                    optional=True,
+                    tooltip="everything draws a whole landscape. The others draw sky, a hill and a single thing: a "
+                    "reference for Spin, or a picture to find the subject of.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The scene."),
@@ -162,13 +170,22 @@ class DrawScene(io.ComfyNode):
                     display_name="label_image",
                     tooltip="The regions, one fixed colour each: to look at, or to use as a colour-coded map.",
                 ),
+                io.Mask.Output(
+                    display_name="subject",
+                    tooltip="Where the one thing is, roof included; with everything, all suns, trees and houses.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, layout_seed: int, style_seed: int, width: int, height: int) -> io.NodeOutput:
-        drawn = scenes.scene(layout_seed, style_seed, (height, width))
-        return io.NodeOutput(drawn.images, drawn.labels, drawn.captions[0], scenes.label_image(drawn.labels))
+    def execute(
+        cls, layout_seed: int, style_seed: int, width: int, height: int, only: str = scenes.ONLY[0]
+    ) -> io.NodeOutput:
+        drawn = scenes.chosen(only, layout_seed, style_seed, (height, width))
+        labels = drawn.labels
+        return io.NodeOutput(
+            drawn.images, labels, drawn.captions[0], scenes.label_image(labels), scenes.object_mask(labels)
+        )
 
 
 class DrawClip(io.ComfyNode):

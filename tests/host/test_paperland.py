@@ -225,11 +225,22 @@ def test_bad_precision_is_refused():
 
 
 def test_scene_node_outputs():
-    image, labels, caption, label_image = DrawScene.execute(3, 4, 160, 128).result
+    image, labels, caption, label_image, subject = DrawScene.execute(3, 4, 160, 128).result
+    assert subject.shape == (1, 128, 160)
+    assert torch.equal(subject, scenes.object_mask(labels))
     assert image.shape == label_image.shape == (1, 128, 160, 3)
     assert labels.shape == (1, 128, 160)
     assert not labels.is_floating_point()
     assert "sky" in caption
+
+
+def test_scene_node_draws_a_single_object():
+    image, labels, caption, _, subject = DrawScene.execute(3, 4, 128, 128, "one tree").result
+    alone = scenes.single("tree", 3, 4)
+    assert torch.equal(image, alone.images)
+    assert caption == alone.captions[0]
+    assert torch.equal(subject.bool(), labels == scenes.TREE)
+    assert [o.display_name for o in DrawScene.define_schema().outputs][-1] == "subject"
 
 
 def test_clip_node_outputs():

@@ -130,3 +130,39 @@ def test_label_image_has_one_colour_per_region(drawn):
     colors = (picture * 255).round().long()
     key = (colors * torch.tensor([65536, 256, 1])).sum(-1)
     assert len(torch.stack([key.flatten(), drawn.labels.flatten()]).unique(dim=1).T) == len(scenes.REGIONS)
+
+
+@pytest.mark.parametrize("kind", scenes.OBJECTS)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_single_object_is_alone_and_whole(kind, seed):
+    drawn = scenes.single(kind, seed, seed + 1)
+    seen = {scenes.REGIONS[r] for r in drawn.labels.unique().tolist()}
+    assert seen == {"sky", "hill", kind} | ({"roof"} if kind == "house" else set())
+    mask = scenes.object_mask(drawn.labels)
+    assert 0.01 < mask.mean() < 0.2
+    assert not mask[:, :, [0, -1]].any()
+    assert not mask[:, [0, -1]].any()
+    assert torch.equal(mask.bool(), drawn.labels.ge(scenes.SUN) & (drawn.labels != scenes.HILL))
+
+
+def test_a_single_object_is_that_of_the_whole_scene():
+    """Layout 7 has a house away from the sides: it stands and looks the same."""
+    whole, alone = scenes.scene(7, 8), scenes.single("house", 7, 8)
+    house = whole.labels == scenes.HOUSE
+    assert house.any()
+    assert (alone.labels == scenes.HOUSE)[house].all()
+    assert (alone.images - whole.images)[house].abs().mean() < 0.01  # edges are mixed with what is behind
+
+
+def test_chosen_scenes():
+    assert torch.equal(scenes.chosen("everything", 1, 2).images, scenes.scene(1, 2).images)
+    assert torch.equal(scenes.chosen("one tree", 1, 2, (64, 48)).images, scenes.single("tree", 1, 2, (64, 48)).images)
+    with pytest.raises(ValueError, match="'one cat' cannot be drawn; choose one of everything, one sun"):
+        scenes.chosen("one cat", 1, 2)
+    with pytest.raises(ValueError, match="no object 'cat'"):
+        scenes.single("cat", 1, 2)
+
+
+def test_object_mask_of_a_landscape(drawn):
+    wanted = sum((drawn.labels == r) for r in (scenes.SUN, scenes.TREE, scenes.HOUSE, scenes.ROOF))
+    assert torch.equal(scenes.object_mask(drawn.labels), wanted.float())
