@@ -40,8 +40,8 @@ def resample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"labels cannot be resampled to {h}x{w}: both sides must be at least 1")
     if labels.shape[1:] == (h, w):
         return labels
-    rows = _overlap(labels.shape[1], h, labels.device)
-    columns = _overlap(labels.shape[2], w, labels.device)
+    rows = overlap_lengths(labels.shape[1], h, labels.device)
+    columns = overlap_lengths(labels.shape[2], w, labels.device)
     best = torch.full((labels.shape[0], h, w), -1.0, device=labels.device)
     result = torch.zeros((labels.shape[0], h, w), dtype=labels.dtype, device=labels.device)
     # One label at a time: memory stays that of one map however many labels there are.
@@ -53,7 +53,7 @@ def resample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return result
 
 
-def _overlap(source: int, target: int, device: torch.device) -> Tensor:
+def overlap_lengths(source: int, target: int, device: torch.device) -> Tensor:
     """Lengths [target, source] that the cells of two grids on one line share, in units of 1/(source*target), exact in
     float32 because they are integers."""
     starts_t = torch.arange(target, device=device)[:, None] * source
