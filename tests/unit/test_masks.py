@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from semantic_style.attention.masks import as_mask, check_partial, mask_on_grid, soften
+from semantic_style.attention.masks import as_mask, check_partial, keep_outside, mask_on_grid, soften
 
 
 def random(*shape, seed=0):
@@ -120,3 +120,25 @@ def test_a_mask_may_be_asked_for_an_inside_and_an_outside():
             check_partial(bad)
     with pytest.raises(ValueError, match="the mask is full"):
         check_partial(torch.ones(1, 2, 2))
+
+
+def test_the_original_is_kept_outside_exactly():
+    original, image = random(1, 6, 8, 3), random(2, 6, 8, 3, seed=1)
+    mask = torch.zeros(1, 3, 4)  # drawn at half the size
+    mask[:, :, 2:] = 1
+    image[:, :, :4] = math.nan
+    out = keep_outside(image, original, mask)
+    assert torch.equal(out[:, :, :4], original[:, :, :4].expand(2, -1, -1, -1))
+    assert torch.equal(out[:, :, 4:], image[:, :, 4:])
+    soft = keep_outside(image, original, mask, feather=1)
+    assert torch.equal(soft[:, :, :4], out[:, :, :4])
+    torch.testing.assert_close(soft[:, :, 4], (original[:, :, 4] + image[:, :, 4]) / 2)
+    assert torch.equal(soft[:, :, 5:], out[:, :, 5:])
+    assert keep_outside(image[:1], random(3, 6, 8, 3), mask).shape == (3, 6, 8, 3)
+    for bad, message in (
+        ((image, original[:, :5], mask), "same height, width"),
+        ((image, random(3, 6, 8, 3), mask), "2 pictures, 3 originals and 1 masks"),
+        ((image, original, torch.zeros(1, 6, 8)), "is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            keep_outside(*bad)
