@@ -24,6 +24,8 @@ from .features import Attend, Layer, Options
 from .scsa import name_of
 
 Grid = tuple[int, int]
+# In what a layer's patches are told: this attention is to some reference's tokens, other injections let it through.
+OF_REFERENCE = "semantic_style_of_reference"
 
 
 def injection_layers(unet: nn.Module) -> dict[Layer, nn.Module]:
@@ -114,7 +116,8 @@ class Injection:
         """`transformer_options` of a call with the injection in it; `base` is left as it is.
 
         What replaces a layer's cross-attention already (IPAdapter, a feature tap) goes on: it is asked for the
-        reference's tokens first and for the background's last, so that who records keeps the background's map.
+        reference's tokens first and for the background's last, so that who records keeps the background's map. Of two
+        injections the one that is added last lies in front.
 
         Args:
             chunks: one for each condition that is stacked in the call's batch, None for one that is left as it is.
@@ -151,6 +154,8 @@ class Injection:
         extra: Options,
     ) -> Tensor:
         """The layer's attention [rows, places, C] for queries q of that shape, and the call's own k and v."""
+        if extra.get(OF_REFERENCE):
+            return before(q, k, v, extra)
         rows, grid = extra["activations_shape"][0], tuple(extra["activations_shape"][-2:])
         if q.shape[0] != rows or q.shape[1] != grid[0] * grid[1] or rows % len(chunks):
             raise ValueError(
@@ -203,7 +208,7 @@ class Injection:
         # Others tell rows of prompts apart as this does.
         told = {name: [extra[name][i] for i, _ in acting] for name in ("cond_or_uncond", "uuids") if name in extra}
         k, v = (torch.cat([rows_of(t, chunk) for _, chunk in acting]) for t in (k, v))
-        return before(mine, k, v, {**extra, **told})
+        return before(mine, k, v, {**extra, **told, OF_REFERENCE: True})
 
     def _tokens(self, like: Tensor) -> Tensor:
         key = (like.device, like.dtype)

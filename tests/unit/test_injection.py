@@ -206,6 +206,25 @@ def test_what_replaces_the_attention_already_is_asked_for_both(unet):
     torch.testing.assert_close(out, call(unet, x, context, shifted.options(options)))
 
 
+def test_of_two_injections_the_last_lies_in_front(unet):
+    x, context, options = both()
+    other = random(1, 4, WIDTH, seed=11)
+    behind, front = half(), 1 - half()
+    front[:, :, 4:8] = 1
+
+    def out(*injections):
+        given = options
+        for injection in injections:
+            given = injection.options(given)
+        return call(unet, x, context, given)
+
+    both_masks = out(inject(unet, behind), inject(unet, front, other))
+    full = torch.ones_like(front)
+    torch.testing.assert_close(out(inject(unet, behind), inject(unet, full, other)), out(inject(unet, full, other)))
+    assert (both_masks - out(inject(unet, front, other))).abs().max() > 0.01
+    assert (both_masks - out(inject(unet, behind))).abs().max() > 0.01
+
+
 def test_a_tap_below_keeps_the_backgrounds_map_and_gradients_pass(unet):
     x = random(1, 48, *SIZE, seed=4)
 
