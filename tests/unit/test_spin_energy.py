@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from semantic_style.attention.adain import EPS
-from semantic_style.samplers.features import Features
-from semantic_style.samplers.guidance import Stream
+from semantic_style.demo.model import Paperland
+from semantic_style.demo.unet import UNetConfig
+from semantic_style.samplers.features import Features, FeatureTap, feature_blocks
+from semantic_style.samplers.guidance import Stream, energy_gradient
 from semantic_style.samplers.inversion import Inversion
 from semantic_style.samplers.spin_energy import SpinStyleTerm, style_distance
 
@@ -138,6 +140,29 @@ def test_masks_without_inside_or_outside_are_refused(mask, message):
         SpinStyleTerm(stream(), 1.0, mask=mask)
     with pytest.raises(ValueError, match="0 or more"):
         SpinStyleTerm(stream(), -1.0, mask=box())
+
+
+def test_a_step_along_the_gradient_brings_the_inside_nearer():
+    torch.manual_seed(0)
+    config = UNetConfig(channels=32, multipliers=(1, 1, 2), context_channels=16, head_channels=16)
+    model = Paperland(config).double().eval().requires_grad_(False)
+    x, prompt, level = random(1, 48, 8, 12), random(1, 5, 16, seed=1), 0.7
+    background = stream()
+    term = SpinStyleTerm(background, 1.0, mask=box())
+    tap = FeatureTap(feature_blocks(model.unet), cut=True)
+    sigma = torch.tensor([level], dtype=torch.float64)
+
+    def seen(x):
+        model(x, sigma, prompt, tap.options())
+        return tap.read((8, 12))[0]
+
+    features = {background.key: seen(random(1, 48, 8, 12, seed=2))}
+    _, gradient, before = energy_gradient(
+        x, level, (term,), lambda x: model(x, sigma, prompt, tap.options()), tap, features
+    )
+    assert gradient.abs().max() > 0
+    after = term.value(seen(x - 1e-3 * gradient), features[background.key], None)
+    assert float(after) < float(before["spin style"])
 
 
 def test_what_does_not_fit_is_refused_before_the_run():
