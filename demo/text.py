@@ -12,8 +12,8 @@ PAD, START, END = "<pad>", "<start>", "<end>"
 WORDS = (PAD, START, END, *COLORS, *TEXTURES, *REGIONS)
 FILLERS = frozenset({"and", "a", "an", "the", "with", "of", "paper", "scene"})
 LENGTH = 40  # tokens of every encoded caption, padding included
+IT = "<it>"  # the pseudo-word of a template
 SLOTS = 12  # places within a phrase; words beyond share the last one
-PSEUDO = re.compile(r"<[\w-]+>")
 
 Token = tuple[str, int, int]  # word, region of its phrase (0: none, else 1 + index), place in the phrase
 
@@ -22,12 +22,12 @@ def parse(text: str, extra: frozenset[str] = frozenset()) -> tuple[list[Token], 
     """Split a caption into tokens and the words that are not in the vocabulary.
 
     Phrases are separated by commas or full stops; a phrase belongs to the last region word in it. `extra` are the
-    pseudo-words
-    that may be used besides the vocabulary.
+    pseudo-words that may be used besides the vocabulary. An `embedding:name` is no word: who encodes a caption puts a
+    pseudo-word there before.
     """
     tokens: list[Token] = []
     unknown: list[str] = []
-    for phrase in re.split(r"[,.;\n]", text.lower()):
+    for phrase in re.split(r"[,.;\n]", _EMBEDDING.sub(" ", text.lower())):
         words = [w for w in re.findall(r"<[\w-]+>|[a-z]+", phrase) if w not in FILLERS]
         known = [w for w in words if w in _INDEX or w in extra]
         unknown += [w for w in words if w not in known]
@@ -36,6 +36,7 @@ def parse(text: str, extra: frozenset[str] = frozenset()) -> tuple[list[Token], 
     return tokens, unknown
 
 
+_EMBEDDING = re.compile(r"\bembedding:[^\s,;:()]+")
 _INDEX = {word: i for i, word in enumerate(WORDS)}
 
 
@@ -58,7 +59,7 @@ class CaptionEncoder(nn.Module):
         Args:
             captions: texts in the vocabulary `WORDS`; other words are left out (`parse` names them).
             pseudo: vectors [n, channels] of pseudo-words such as "<it>"; each stands for n tokens in the place of that
-                word.
+                word. A phrase's region comes from its other words: "<it> house".
 
         Returns:
             [B, LENGTH, channels] on the encoder's device and of its dtype.
@@ -68,6 +69,27 @@ class CaptionEncoder(nn.Module):
         """
         pseudo = pseudo or {}
         return torch.stack([self._encode(c, pseudo) for c in captions])
+
+    def words(self, text: str) -> Tensor:
+        """Vectors [n, channels] of the words of `text` that are in the vocabulary, before region and place are added:
+        what a pseudo-word can start from. Raises ValueError where there is none."""
+        known = [word for word, _, _ in parse(text)[0]]
+        if not known:
+            raise ValueError(f"Paperland knows none of the words in {text!r}; it knows {', '.join(WORDS[3:])}")
+        return torch.cat([self._word(word) for word in known])
+
+    def prompt(self, template: str, class_word: str) -> str:
+        """The template with the class word's region after "<it>" in phrases that name no region: without one a phrase
+        speaks of nothing in particular."""
+        regions = [word for word in parse(class_word)[0] if word[1]]
+
+        def complete(phrase: str) -> str:
+            tokens, _ = parse(phrase, frozenset({IT}))
+            if not regions or not tokens or tokens[0][1]:
+                return phrase
+            return phrase.replace(IT, f"{IT} {REGIONS[regions[-1][1] - 1]}")
+
+        return "".join(complete(part) for part in re.split(r"([,.;\n])", template))
 
     def _encode(self, caption: str, pseudo: Mapping[str, Tensor]) -> Tensor:
         tokens, _ = parse(caption, frozenset(pseudo))

@@ -1,5 +1,6 @@
 """Small models of our own as the host's MODEL, CLIP and VAE, so that stock nodes work on them."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,10 +9,15 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
+import comfy.sd1_clip
 import comfy.supported_models
+import folder_paths
 import torch
 from torch import Tensor, nn
 
+from ..samplers.embedding_file import take_embeddings
+
+KEY = "emb_params"  # of embeddings in files
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -64,20 +70,37 @@ def unet_model(
 
 
 class _Tokenizer:
-    """The host's tokenizer interface over texts that are encoded as they are."""
+    """The host's tokenizer interface over texts that are encoded as they are, but for embeddings from files."""
 
-    def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict[str, Any] | None = None) -> None:
+    width: int  # of an embedding's vectors
+
+    def __init__(
+        self, embedding_directory: list[str] | None = None, tokenizer_data: dict[str, Any] | None = None
+    ) -> None:
         self.embedding_directory = embedding_directory
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, list[str]]:
-        return {"text": [text]}
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, list]:
+        text, found = take_embeddings(text, self._load)
+        return {"text": [text], **({"pseudo": [found]} if found else {})}
+
+    def _load(self, name: str) -> Tensor | None:
+        folders = self.embedding_directory
+        found = None if folders is None else comfy.sd1_clip.load_embed(name, folders, self.width, KEY)
+        if found is None:
+            logging.warning("warning, embedding:%s does not exist, ignoring", name)
+        elif found.shape[-1] != self.width:
+            logging.warning(
+                "embedding:%s is of another model (width %d, here %d) and is ignored", name, found.shape[-1], self.width
+            )
+            found = None
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
 
-class _TextModel(nn.Module):
-    """The host's text-model interface over an encoder `encoder(texts) -> [B, tokens, channels]`."""
+class SmallTextModel(nn.Module):
+    """The host's text-model interface over a small encoder, see `text_clip`."""
 
     def __init__(
         self, encoder: nn.Module, device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]
@@ -92,22 +115,36 @@ class _TextModel(nn.Module):
     def reset_clip_options(self) -> None:
         """See `set_clip_options`."""
 
-    def encode_token_weights(self, tokens: dict[str, list[str]]) -> tuple[Tensor, None]:
-        return self.encoder(tokens["text"]).float().to(comfy.model_management.intermediate_device()), None
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
+        (pseudo,) = tokens.get("pseudo", [{}])
+        out = self.encoder(tokens["text"], pseudo)
+        return out.float().to(comfy.model_management.intermediate_device()), None
 
     def load_sd(self, weights: dict[str, Tensor]) -> Any:
         return self.encoder.load_state_dict(weights)
 
 
-def text_clip(encoder: nn.Module) -> comfy.sd.CLIP:
-    """An encoder `encoder(texts) -> [B, tokens, channels]` as the host's CLIP. It runs in float32: it is tiny."""
+def text_clip(encoder: nn.Module, width: int) -> comfy.sd.CLIP:
+    """A small encoder as the host's CLIP. It runs in float32.
+
+    Args:
+        encoder: `encoder(texts, pseudo) -> [B, tokens, channels]`, `pseudo` the vectors [n, width] of pseudo-words
+            "<like-this>" in the texts. To learn pseudo-words `encoder.words(text) -> [n, width]`, the vectors of known
+            words, and `encoder.prompt(template, class_word) -> str`, the template as this encoder needs it.
+        width: of a word's vector.
+    """
+
+    class Tokenizer(_Tokenizer):
+        pass
 
     class Target:
         params = {"encoder": encoder}
-        clip = _TextModel
-        tokenizer = _Tokenizer
+        clip = SmallTextModel
+        tokenizer = Tokenizer
 
-    return comfy.sd.CLIP(Target, model_options={"dtype": torch.float32})
+    Tokenizer.width = width
+    folders = folder_paths.get_folder_paths("embeddings")
+    return comfy.sd.CLIP(Target, embedding_directory=folders, model_options={"dtype": torch.float32})
 
 
 class PixelVAE:

@@ -68,7 +68,7 @@ class LoadPaperland(io.ComfyNode):
         encoder = text.CaptionEncoder(config.context_channels)
         encoder.load_state_dict(parts["text."])
         vae = PixelVAE(paperland.encode_pixels, paperland.decode_pixels, paperland.PATCH, paperland.LATENT_CHANNELS)
-        return io.NodeOutput(model, text_clip(encoder.eval().requires_grad_(False)), vae)
+        return io.NodeOutput(model, text_clip(encoder.eval().requires_grad_(False), config.context_channels), vae)
 
 
 class EncodeCaption(io.ComfyNode):

@@ -65,3 +65,33 @@ def test_gradient_reaches_a_pseudo_word(encoder):
 def test_too_long_a_caption_is_refused(encoder):
     with pytest.raises(ValueError, match=f"{text.LENGTH} fit"):
         encoder([", ".join(["red and blue striped sky"] * 10)])
+
+
+def test_an_embedding_is_no_unknown_word():
+    tokens, unknown = text.parse("embedding:My-red.v2 house, (embedding:sky:1.2) red sky")
+    assert [word for word, _, _ in tokens] == ["house", "red", "sky"]
+    assert unknown == []
+
+
+def test_words_are_what_a_pseudo_word_starts_from(encoder):
+    vectors = encoder.words("a red house")
+    assert torch.equal(vectors, encoder.word.weight[[text.WORDS.index("red"), text.WORDS.index("house")]])
+    assert torch.equal(encoder(["<it>, blue sky"], {"<it>": vectors[:1]}), encoder(["red, blue sky"]))
+    with pytest.raises(ValueError, match="knows none of the words in 'vase'"):
+        encoder.words("vase")
+
+
+@pytest.mark.parametrize(
+    ("template", "class_word", "prompt"),
+    [
+        ("<it>", "house", "<it> house"),
+        ("<it>", "red sky", "<it> sky"),
+        ("<it> house", "house", "<it> house"),
+        ("red <it>, blue sky", "house", "red <it> house, blue sky"),
+        ("<it> house, <it> roof", "house", "<it> house, <it> roof"),
+        ("blue sky", "house", "blue sky"),
+        ("<it>", "red", "<it>"),
+    ],
+)
+def test_a_template_without_region_gets_the_class_word_s(encoder, template, class_word, prompt):
+    assert encoder.prompt(template, class_word) == prompt

@@ -1,0 +1,88 @@
+"""Textual-inversion files: what is learnt, as any prompt can use it with `embedding:name`.
+
+The format is the safetensors one that ComfyUI and AUTOMATIC1111's webui read: `emb_params` [n, width] for a model with
+one text encoder, one entry for each encoder otherwise (SDXL: `clip_l`, `clip_g`).
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+ONLY = "emb_params"
+SUFFIX = ".safetensors"
+# A prompt's name ends at a space or comma, and what follows a bracket or colon is a weight.
+NAME = re.compile(r"[\w][\w.-]*")
+READ_AS = (SUFFIX, ".pt", ".bin", "")
+IN_PROMPT = re.compile(r"(?<![^\s(])embedding:([^\s,;:()]+)")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless a prompt can say the name and a file can have it."""
+    if not NAME.fullmatch(name) or name.lower().endswith(READ_AS[:3]) or len(name) > 120:
+        raise ValueError(
+            f"an embedding's name has letters, digits, '_', '-' and '.' only, without the file's ending, so that a "
+            f"prompt can name it; got {name!r}"
+        )
+
+
+def free_name(name: str, folders: Iterable[str | Path]) -> str:
+    """`name`, or with the first number from 2 on that no embedding in or below the folders has.
+
+    Raises:
+        ValueError: see `check_name`.
+    """
+    check_name(name)
+    files = (file for folder in folders for _, _, found in os.walk(folder, followlinks=True) for file in found)
+    # Case does not tell files apart everywhere.
+    taken = {file.lower() for file in files}
+
+    def is_taken(candidate: str) -> bool:
+        return any(candidate.lower() + ending in taken for ending in READ_AS)
+
+    number, found = 1, name
+    while is_taken(found):
+        number += 1
+        found = f"{name}_{number}"
+    return found
+
+
+def save_embedding(path: Path, vectors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write vectors [n, width] of each text encoder; a file that is there is replaced when the new one is complete."""
+    one = len(vectors) == 1
+    tensors = {ONLY if one else key: v.detach().to("cpu").float().contiguous() for key, v in vectors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, which no prompt can say: a reader never sees half a file.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, unfinished, dict(metadata or {}))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def take_embeddings(text: str, load: Callable[[str], Tensor | None]) -> tuple[str, dict[str, Tensor]]:
+    """Put a pseudo-word in the place of every `embedding:name` of a prompt.
+
+    Args:
+        load: vectors [n, width] of a name; None where there is no such embedding, which is then left out.
+    Returns:
+        the text with pseudo-words such as "<embedding-0>", and their vectors.
+    """
+    found: dict[str, Tensor] = {}
+
+    def replace(match: re.Match) -> str:
+        name = match[1]
+        vectors = load(name)
+        if vectors is None and (shorter := name.rstrip(".")) != name:
+            vectors = load(shorter)
+        if vectors is None:
+            return ""
+        word = f"<embedding-{len(found)}>"
+        found[word] = vectors.reshape(-1, vectors.shape[-1])
+        return word + name[len(name.rstrip(".")) :]
+
+    return IN_PROMPT.sub(replace, text), found
