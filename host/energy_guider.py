@@ -206,7 +206,8 @@ class _Step:
         out = [denoised, torch.zeros_like(denoised)]
         if conds[1] is not None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            out[1] = executor(model, [conds[1]], x, timestep, model_options, *args, **kwargs)[0]
+            # In its own place, by which patches (IPAdapter's) tell it from the conditional branch.
+            out[1] = executor(model, [None, conds[1]], x, timestep, model_options, *args, **kwargs)[1]
             report.plain_forwards += 1
         return out
 
