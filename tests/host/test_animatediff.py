@@ -22,6 +22,7 @@ from semantic_style.benchmarks.models import conditioning, small_sd15
 from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.references import ReferenceCache
 from semantic_style.host.scsa import Patch, Pictures, apply_scsa
+from semantic_style.host.spin import apply_spin
 from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, Replay
 from semantic_style.nodes.semantix import KSampler
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
@@ -474,3 +475,21 @@ def test_scsa_takes_a_clip_as_a_whole(peer, plain, motion, calls, context):
     assert [c.rows for c in calls] == [FRAMES, FRAMES, 2 * FRAMES] * STEPS
     assert error(out, latent()) > 0.1
     assert torch.equal(out, resample(patched, clip))
+
+
+@pytest.mark.parametrize("setting", ["static windows", "looped windows"])
+def test_spin_s_masks_follow_the_frames_of_windows(peer, plain, motion, setting):
+    """Where frames are independent, windows change nothing; with motion, the subject is in every frame."""
+    masks = torch.zeros(FRAMES, 8, 8)
+    for i in range(FRAMES):
+        masks[i, i : i + 3, 2:6] = 1
+    reference = conditioning(5, tokens=11)
+    clip = invert(plain, latent())
+    whole = resample(apply_spin(plain, reference, masks), clip)
+    windowed = resample(apply_spin(animated(peer, plain, None, setting), reference, masks), clip)
+    assert torch.allclose(windowed, whole, atol=1e-3)
+    assert (whole - resample(plain, clip)).abs().amax(dim=(1, 2, 3)).min() > 0.01
+    moving = animated(peer, plain, motion, setting)
+    out, without = (resample(m, invert(moving, latent())) for m in (apply_spin(moving, reference, masks), moving))
+    assert torch.isfinite(out).all()
+    assert (out - without).abs().amax(dim=(1, 2, 3)).min() > 0.01
