@@ -90,7 +90,7 @@ def _fill(network: torch.nn.Module, seed: int) -> None:
         parameter.copy_(value)
 
 
-def sdxl_config(model_channels: int) -> dict[str, Any]:
+def sdxl_config(model_channels: int, pooled: int = POOLED) -> dict[str, Any]:
     """SDXL's UNet with narrower and less deep layers: no attention on the finest level, two and three deep below."""
     return {
         **sd15_config(model_channels),
@@ -103,15 +103,15 @@ def sdxl_config(model_channels: int) -> dict[str, Any]:
         "num_heads": -1,
         "num_head_channels": 32,
         "num_classes": "sequential",
-        "adm_in_channels": POOLED + 6 * 256,
+        "adm_in_channels": pooled + 6 * 256,
     }
 
 
 def small_sdxl(
-    model_channels: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0
+    model_channels: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0, pooled: int = POOLED
 ) -> comfy.model_patcher.ModelPatcher:
     """As `small_sd15`, in SDXL's shape: its conditioning has a pooled part and the picture's size."""
-    config = comfy.supported_models.SDXL(sdxl_config(model_channels))
+    config = comfy.supported_models.SDXL(sdxl_config(model_channels, pooled))
     config.latent_format = comfy.latent_formats.SDXL()
     config.set_inference_dtype(dtype, None)
     management = comfy.model_management
