@@ -27,6 +27,7 @@ from semantic_style.host.spin import KEY, apply_spin, spin_energy
 from semantic_style.nodes.spin import ApplySpin, KeepBackground, SpinStyleEnergy
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream
 from semantic_style.samplers.injection import injection_layers
+from semantic_style.samplers.semantix import semantix_energy
 
 POSITIVE, NEGATIVE, EMPTY = conditioning(1), conditioning(2), conditioning(3)
 REFERENCE = conditioning(4, tokens=11)
@@ -540,6 +541,43 @@ def test_two_subjects(model):
     in_front = predict(cfg_guider(apply_spin(one, EMPTY, torch.ones(1, 16, 8))))
     expected = predict(cfg_guider(apply_spin(model, EMPTY, torch.ones(1, 16, 8))))
     torch.testing.assert_close(in_front, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_backgrounds_path_the_outside_is_the_background(model, spun):
+    """Replay under a latent noise mask keeps the trajectory outside; the subject comes in inside."""
+    latent_mask = mask_on_grid(right(), SIZE)[:, None]
+    for invert in (invert_ddim, invert_ddpm):
+        background = invert(task(model, 1, POSITIVE))
+        image = background.to_outer(background.clean)
+        noise = ReplayNoise(background).generate_noise({"samples": image})
+
+        def painted(m, background=background, image=image, noise=noise):
+            sampler = ReplaySampler(background)
+            run = {"denoise_mask": latent_mask, "disable_pbar": True, "seed": 0}
+            return cfg_guider(m).sample(noise, image, sampler, background.sigmas, **run)
+
+        out = painted(spun)
+        torch.testing.assert_close(out[..., :4], image[..., :4], rtol=1e-4, atol=1e-4)
+        assert (out - painted(model))[..., 4:].abs().max() > 0.01
+
+
+def test_everything_at_once(model):
+    """SCSA and the injection on one MODEL, under Semantix's energies and Spin's, on a background's path."""
+    background, style = invert_ddpm(task(model, 1, POSITIVE)), invert_ddpm(task(model, 2))
+    regions = torch.zeros(1, *SIZE, dtype=torch.long)
+    regions[:, 8:] = 1
+    maps = SemanticMap(regions, regions)
+    spun = apply_spin(model, REFERENCE, background_mask())
+    both = apply_scsa(spun, Patch(Pictures(background, style), maps, Settings(a1=0.0)))
+    energy = semantix_energy(Stream(background), Stream(style, EMPTY), regions=maps)
+    energy += spin_energy(background, background_mask())
+    guider = EnergyGuider(both, POSITIVE, NEGATIVE, CFG, energy, cache=ReferenceCache())
+    out = replayed(guider, background)
+    assert torch.isfinite(out).all()
+    table = guider.report.table()
+    assert {"style", "spatial", "semantic", "spin style"} <= set(table)
+    assert min(table["spin style"]) > 0
+    assert torch.equal(out, replayed(guider, background))
 
 
 def test_the_nodes(model):
