@@ -59,7 +59,7 @@ def report_plot(table: Mapping[str, Sequence[float]], note: str = "") -> Tensor:
         [1, 600, 900, 3] in 0..1.
     """
     picture = Image.new("RGB", (WIDTH * FINER, HEIGHT * FINER), PAPER)
-    pen = _Pen(ImageDraw.Draw(picture))
+    pen = Pen(ImageDraw.Draw(picture))
     if table["sigma"]:
         _draw(pen, table, note)
     else:
@@ -69,7 +69,7 @@ def report_plot(table: Mapping[str, Sequence[float]], note: str = "") -> Tensor:
     return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None]
 
 
-def _draw(pen: "_Pen", table: Mapping[str, Sequence[float]], note: str) -> None:
+def _draw(pen: "Pen", table: Mapping[str, Sequence[float]], note: str) -> None:
     terms = {name: values for name, values in table.items() if name not in NOT_TERMS}
     steps = len(table["sigma"])
     lines = {name: (values, COLOURS[i % len(COLOURS)]) for i, (name, values) in enumerate(terms.items())}
@@ -94,7 +94,7 @@ def _draw(pen: "_Pen", table: Mapping[str, Sequence[float]], note: str) -> None:
 
 
 def _panel(
-    pen: "_Pen",
+    pen: "Pen",
     rows: tuple[int, int],
     title: str,
     axis: _Axis,
@@ -165,8 +165,8 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-class _Pen:
-    """Draws in the picture's own pixels on an enlarged canvas."""
+class Pen:
+    """Draws in the picture's own pixels on a canvas that is `FINER` times as large."""
 
     def __init__(self, draw: ImageDraw.ImageDraw) -> None:
         self.draw = draw

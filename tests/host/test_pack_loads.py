@@ -36,6 +36,7 @@ NODE_IDS = {
     "SemanticStyleReplay",
     "SemanticStyleSaveInversion",
     "SemanticStyleSemantixEnergy",
+    "SemanticStyleSpinEmbedding",
     *("SemanticStyleApplySpin", "SemanticStyleKeepBackground", "SemanticStyleSpinStyleEnergy"),
 }
 
