@@ -131,14 +131,12 @@ def keep_outside(image: Tensor, original: Tensor, mask: Tensor, feather: float =
 def _depth(outside: Tensor, limit: float) -> Tensor:
     """Distance [B, H, W] of every place to the nearest outside one, 0 there, at most `limit`; in float32."""
     reach = math.ceil(limit)
-    column = torch.where(outside, 0.0, float(reach))
     h, w = outside.shape[1:]
+    row = torch.arange(h, device=outside.device, dtype=torch.float32)[:, None].expand(outside.shape)
     # Squared distances separate: along the columns first, then over what the neighbouring columns found.
-    for _ in range(min(reach, h) - 1):
-        nearer = column.clone()
-        nearer[:, 1:] = torch.minimum(nearer[:, 1:], column[:, :-1] + 1)
-        nearer[:, :-1] = torch.minimum(nearer[:, :-1], column[:, 1:] + 1)
-        column = nearer
+    above = torch.where(outside, row, -float(reach)).cummax(dim=1).values
+    below = torch.where(outside, row, float(h + reach)).flip(1).cummin(dim=1).values.flip(1)
+    column = torch.minimum(row - above, below - row).clamp(max=float(reach))
     squared = column.square()
     nearest = squared.clone()
     for step in range(1, min(reach, w)):
