@@ -150,7 +150,8 @@ class Guided:
         def rows(context: Tensor) -> Tensor:
             return context.repeat(-(-len(x) // len(context)), 1, 1)[: len(x)]
 
-        options = dict(self.options) if self.options else None
+        # As the host tells patches which rows are whose: 0 the positive prompt's, 1 the negative's.
+        options = {**(self.options or {}), "cond_or_uncond": [0] if self.cfg == 1.0 else [0, 1]}
         if self.cfg == 1.0:
             return self.model(x, sigma, rows(self.positive), options)
         both = torch.cat([rows(self.positive), rows(self.negative)])

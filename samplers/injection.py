@@ -121,12 +121,11 @@ class Injection:
 
         Args:
             chunks: one for each condition that is stacked in the call's batch, None for one that is left as it is.
-                Not given: `cond_or_uncond` in `base` tells the positive ones (0); without that all rows are positive.
+                Not given: `cond_or_uncond` in the call's options tells the positive ones (0), and the same options do
+                for any call; without that all rows are positive.
         """
         options = dict(base or {})
-        if chunks is None:
-            chunks = [Chunk() if which == 0 else None for which in options.get("cond_or_uncond") or (0,)]
-        if all(chunk is None for chunk in chunks):
+        if chunks is not None and all(chunk is None for chunk in chunks):
             return options
         replaced = {name: dict(table) for name, table in options.get("patches_replace", {}).items()}
         table = replaced.setdefault("attn2", {})
@@ -134,7 +133,7 @@ class Injection:
         others = tuple(options.get("patches", {}).get("attn2_patch", ()))
         for layer in self.layers:
             before = found.get(layer, found.get(layer[:2])) or self._own
-            table[layer] = partial(self._inject, layer, before, tuple(chunks), others)
+            table[layer] = partial(self._inject, layer, before, chunks, others)
         return {**options, "patches_replace": replaced}
 
     def _own(self, q: Tensor, k: Tensor, v: Tensor, extra: Options) -> Tensor:
@@ -146,7 +145,7 @@ class Injection:
         self,
         layer: Layer,
         before: Callable[..., Tensor],
-        chunks: tuple[Chunk | None, ...],
+        chunks: Sequence[Chunk | None] | None,
         others: tuple[Any, ...],
         q: Tensor,
         k: Tensor,
@@ -156,6 +155,8 @@ class Injection:
         """The layer's attention [rows, places, C] for queries q of that shape, and the call's own k and v."""
         if extra.get(OF_REFERENCE):
             return before(q, k, v, extra)
+        if chunks is None:
+            chunks = [Chunk() if which == 0 else None for which in extra.get("cond_or_uncond") or (0,)]
         rows, grid = extra["activations_shape"][0], tuple(extra["activations_shape"][-2:])
         if q.shape[0] != rows or q.shape[1] != grid[0] * grid[1] or rows % len(chunks):
             raise ValueError(

@@ -4,6 +4,7 @@ written out, the negative rows bit for bit, and what chains with it.
 
 import pytest
 import torch
+from semantic_style.demo.model import Paperland
 from semantic_style.demo.unet import PaperlandUNet, UNetConfig, attention
 from semantic_style.samplers.features import FeatureTap, cross_attention_layers, feature_blocks
 from semantic_style.samplers.injection import Chunk, Injection, check_tokens, injection_layers, scaled
@@ -127,9 +128,13 @@ def test_nothing_changes_where_there_is_nothing_to_change(unet):
     assert nothing.fired == 0
     same = inject(unet, tokens=BACKGROUND)
     torch.testing.assert_close(call(unet, x, context, same.options(options)), plain)
-    negative_only = inject(unet)
-    given = {"cond_or_uncond": [1], "patches_replace": {"attn2": {}}}
-    assert negative_only.options(given) == given
+    given = {"patches_replace": {"attn2": {}}}
+    assert inject(unet).options(given, [None, None]) == given
+    # The same options do for calls of either prompt by itself.
+    options, alone = inject(unet).options(), call(unet, x[:1], context[1:])
+    for which, changed in (([0], True), ([1], False)):
+        out = call(unet, x[:1], context[1:], {**options, "cond_or_uncond": which})
+        assert torch.equal(out, alone) != changed
     for strength in (-0.1, 1.5):
         with pytest.raises(ValueError, match="between 0"):
             scaled(half(), strength)
@@ -204,6 +209,18 @@ def test_what_replaces_the_attention_already_is_asked_for_both(unet):
 
     shifted._own = adding
     torch.testing.assert_close(out, call(unet, x, context, shifted.options(options)))
+
+
+def test_the_demo_s_cfg_tells_whose_rows_are_whose(unet):
+    model = Paperland(unet.config).double().eval()
+    model.unet.load_state_dict(unet.state_dict())
+    told = random(1, 5, WIDTH, seed=12)
+    x, sigma = random(2, 48, *SIZE, seed=4), torch.full((2,), 0.7, dtype=torch.float64)
+    options = Injection(model.unet, told, torch.ones(1, 4, 4), attention).options()
+    for cfg in (1.0, 3.5):
+        out = model.guided(BACKGROUND, NEGATIVE, cfg, options)(x, sigma)
+        torch.testing.assert_close(out, model.guided(told, NEGATIVE, cfg)(x, sigma))
+        assert (out - model.guided(BACKGROUND, NEGATIVE, cfg)(x, sigma)).abs().max() > 1e-3
 
 
 def test_of_two_injections_the_last_lies_in_front(unet):
