@@ -22,6 +22,8 @@ from .unet import attention
 # Features of a stream at a level, by (inversion, prompt, level). Share one between runs to pay for references once.
 Seen: TypeAlias = MutableMapping[tuple[int, int, float], Features]
 
+POSITIVE, NEGATIVE = 0, 1  # as the host counts them
+
 
 class EnergyGuided:
     """`model(x, sigma) -> denoised` under classifier-free guidance and an energy.
@@ -51,7 +53,7 @@ class EnergyGuided:
         self.positive, self.negative = positive, negative
         self.sigmas = sigmas
         self.seen: Seen = {} if seen is None else seen
-        self.base = options
+        self.base = options or {}
         self.report = GuidanceReport()
         blocks, layers = feature_blocks(model.unet), cross_attention_layers(model.unet)
         read = layers if energy.needs_maps else None
@@ -62,7 +64,7 @@ class EnergyGuided:
         level = float(sigma[0])
         terms = active_terms(self.energy, level, self._sigma_at)
         if not terms:
-            return self._guided_by_cfg(x, sigma, self.model(x, sigma, _rows(self.positive, x), self._options()))
+            return self._guided_by_cfg(x, sigma, self.model(x, sigma, _rows(self.positive, x), self._options(POSITIVE)))
         streams = {t.stream.key: t.stream for t in terms}
         references = {key: self._features(stream, level, x) for key, stream in streams.items()}
         with torch.inference_mode(False):
@@ -70,7 +72,7 @@ class EnergyGuided:
                 x,
                 level,
                 terms,
-                lambda x: self.model(x, sigma, _rows(self.positive, x), self.tap.options(self.base)),
+                lambda x: self.model(x, sigma, _rows(self.positive, x), self.tap.options(self._options(POSITIVE))),
                 self.tap,
                 references,
             )
@@ -84,11 +86,12 @@ class EnergyGuided:
         if self.cfg == 1.0:
             return conditional
         self.report.plain_forwards += 1
-        unconditional = self.model(x, sigma, _rows(self.negative, x), self._options())
+        unconditional = self.model(x, sigma, _rows(self.negative, x), self._options(NEGATIVE))
         return unconditional + self.cfg * (conditional - unconditional)
 
-    def _options(self) -> Options | None:
-        return dict(self.base) if self.base else None
+    def _options(self, prompt: int) -> Options:
+        """For a call of one prompt alone; patches may ask which."""
+        return {**self.base, "cond_or_uncond": [prompt]}
 
     def _sigma_at(self, part: float) -> float:
         """The level at a part of the run; its ends are open, so that rounding does not cut off a first or last step."""

@@ -31,6 +31,7 @@ from . import model as paperland
 from . import motion, scenes
 from .client import Graph, Progress, node_title, progress_of
 from .guided import EnergyGuided
+from .solver import dpm_solver_2m
 from .standalone_scsa import NODES as SCSA_NODES
 
 PUBLISHED_WEIGHTS = {"published for images": FOR_IMAGES, "published for video": FOR_VIDEO}
@@ -261,24 +262,6 @@ def sample_from_noise(
     x = noise * (1 + sigmas[0] ** 2).sqrt()
     out = dpm_solver_2m(model.guided(positive, negative, cfg), x, sigmas, report)
     return (out,)
-
-
-@torch.no_grad()
-def dpm_solver_2m(model: Any, x: Tensor, sigmas: Tensor, report: Report) -> Tensor:
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, in `lambda = -log sigma`; x [B, C, H, W] at `sigmas[0]`."""
-    lambdas = -sigmas.log()
-    before = None
-    for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i].expand(len(x)))
-        h = lambdas[i + 1] - lambdas[i]
-        ahead = denoised
-        if before is not None and sigmas[i + 1] > 0:
-            r = (lambdas[i] - lambdas[i - 1]) / h
-            ahead = denoised + (denoised - before) / (2 * r)
-        x = sigmas[i + 1] / sigmas[i] * x - torch.expm1(-h) * ahead
-        before = denoised
-        report(i + 1, len(sigmas) - 1)
-    return x
 
 
 def sample(
