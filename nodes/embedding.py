@@ -14,7 +14,7 @@ from ..attention.masks import as_mask, mask_on_grid
 from ..host.embedding import Task, latent_as_picture, learn_embedding, summary, tell
 from ..host.models import check_same, identify
 from ..host.pseudo_words import IT, make_prompt
-from ..samplers.embedding import PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
+from ..samplers.embedding import MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
 from ..samplers.embedding_file import SUFFIX, check_name, free_name, save_embedding
 from ..samplers.embedding_plot import embedding_plot
 from ..samplers.inversion import Inversion
@@ -130,6 +130,17 @@ class SpinEmbedding(io.ComfyNode):
                     optional=True,
                     tooltip="Replace an embedding of that name instead of adding a number.",
                 ),
+                io.Float.Input(
+                    "skip_clean",
+                    default=0.0,
+                    min=0.0,
+                    max=MOST_SKIPPED,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
+                    tooltip="Part of the noise levels, from the cleanest on, that is not learnt from. 0 as published; "
+                    "a third makes the word say colours and shapes rather than the grain of this one picture.",
+                ),
                 io.Boolean.Input(
                     "checkpointing",
                     default=False,
@@ -172,10 +183,11 @@ class SpinEmbedding(io.ComfyNode):
         saliency: Tensor | None = None,
         template: str = IT,
         overwrite: bool = False,
+        skip_clean: float = 0.0,
         checkpointing: bool = False,
     ) -> io.NodeOutput:
         check_name(name)
-        settings = Settings(steps=steps, learning_rate=learning_rate, batch=batch, seed=seed)
+        settings = Settings(steps, learning_rate, batch=batch, seed=seed, skip_clean=skip_clean)
         picture = _picture(model, latent, inversion, image, vae)
         where = None if saliency is None else mask_on_grid(as_mask(saliency, "saliency"), tuple(picture.shape[-2:]))
         prompt = make_prompt(clip, template, class_word, tokens)

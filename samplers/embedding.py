@@ -31,6 +31,7 @@ JUDGED_LEVELS, SHOWN = 4, 2
 # How much the gradient is scaled down after an overflow, and how often.
 BACK_OFF, TRIES = 16.0, 6
 LEAST_PLACES = 1.0
+MOST_SKIPPED = 0.95
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Settings:
         batch: noisy pictures per step.
         seed: of levels and noises; the same seed gives the same vectors.
         checks: how often the vectors are judged after the start.
+        skip_clean: part of the timesteps, from the cleanest on, that is left out; 0 as published. At little noise a
+            picture's own grain counts more than what a prompt can say, and vectors are bent to it.
     Raises:
         ValueError: a setting out of its range.
     """
@@ -53,6 +56,7 @@ class Settings:
     batch: int = 1
     seed: int = 0
     checks: int = 8
+    skip_clean: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "checks"):
@@ -62,6 +66,8 @@ class Settings:
             raise ValueError(f"learning_rate must be above 0 (5e-4 as published), got {self.learning_rate}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.skip_clean <= MOST_SKIPPED:
+            raise ValueError(f"skip_clean must be from 0 (none) to {MOST_SKIPPED}, got {self.skip_clean}")
 
     @property
     def judged_at(self) -> set[int]:
@@ -121,7 +127,7 @@ def learn(
         start: first vectors of each text encoder [n, width], for example a class word's.
         clean: [B, C, *S] pictures of the subject in the model's coordinates; steps take them in turn.
         saliency: [1 or B, h, w] in 0..1, the weight of every place; ones for the whole picture.
-        levels: [T] sigma of every training timestep.
+        levels: [T] sigma of every training timestep, rising.
         callback: see `steps.Callback`; besides, "loss" of the step and "learned", a `Learned` so far, which outlives a
             run that is broken off. "denoised" [1, C, *S] is the fixed set's picture when it was judged last.
     Returns:
@@ -138,6 +144,7 @@ def learn(
     # A caller in inference mode would leave nothing to differentiate.
     with torch.inference_mode(False), torch.enable_grad():
         clean = clean.detach().clone().to(working_dtype(clean))
+        levels = levels[int(settings.skip_clean * len(levels)) :]
         run = _Run(predict, encode, start, _Pictures(clean, saliency.to(clean), levels.to(clean)), settings)
         run.judge()
         for step in range(settings.steps):
@@ -173,6 +180,8 @@ def check_saliency(saliency: Tensor, clean: Tensor) -> None:
 def _check_levels(levels: Tensor) -> None:
     if levels.ndim != 1 or not len(levels) or not torch.isfinite(levels).all() or levels.min() <= 0:
         raise ValueError("levels must be the noise level above 0 of every training timestep, one axis")
+    if (levels.diff() < 0).any():
+        raise ValueError("levels must rise with the timestep: turn them round")
 
 
 def _check_start(start: Mapping[str, Tensor]) -> None:

@@ -224,6 +224,21 @@ def test_half_precision_neither_loses_nor_overflows_the_gradient(factor):
     assert torch.allclose(in_half, plain, atol=1e-6)
 
 
+def test_the_cleanest_levels_can_be_left_out():
+    seen = []
+
+    def model(x, sigma, colour):
+        seen.extend(sigma.tolist())
+        return colour_model(x, sigma, colour)
+
+    settings = Settings(steps=60, batch=2, checks=1, skip_clean=0.3)
+    args = {"w": torch.zeros(1, 3)}, normal(1, 3, 4, 4), a_mask(1, 4, 4), LEVELS
+    learn(model, painter, *args, settings)
+    assert set(seen) <= set(LEVELS[12:].tolist())
+    assert min(seen) == LEVELS[12]
+    assert max(seen) == LEVELS[-1]
+
+
 def test_two_encoders_learn_together():
     start = {"l": normal(2, 3), "g": normal(2, 5, seed=1)}
 
@@ -246,6 +261,7 @@ def test_two_encoders_learn_together():
         ({"clean": torch.full((1, 3, 4, 4), math.nan)}, "NaN"),
         ({"clean": torch.zeros(1, 3, 4)}, "two axes of places"),
         ({"levels": torch.zeros(5)}, "above 0"),
+        ({"levels": LEVELS.flip(0)}, "must rise"),
         ({"start": {}}, "no vectors"),
         ({"start": {"w": torch.zeros(0, 3)}}, "number, width"),
         ({"start": {"w": torch.full((1, 3), math.inf)}}, "finite"),
@@ -276,6 +292,8 @@ def test_refusals(change, message):
         {"learning_rate": 0.0},
         {"learning_rate": math.nan},
         {"weight_decay": -1.0},
+        {"skip_clean": 1.0},
+        {"skip_clean": -0.1},
     ],
 )
 def test_settings_out_of_range(change):
