@@ -1,29 +1,19 @@
 """Semantic maps from the decoder features of two inversions, read through the host's model."""
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import comfy.model_management
-import comfy.model_patcher
-import comfy.samplers
-import comfy.utils
 import torch
-from torch import Tensor
 
 from ..attention.clustering import Clustering, check_regions, cluster, joint_vectors
 from ..attention.regions import SemanticMap
-from ..samplers.features import Features, FeatureTap, feature_blocks
-from ..samplers.guidance import NOT_SEEN
+from ..samplers.features import Features, feature_blocks
 from ..samplers.inversion import Inversion
 from .models import check_invertible, check_same, identify
-from .references import REFERENCE, stream_conds
+from .reading import MIDDLE_SIGMA, check_sigma, read_features
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-
-MIDDLE_SIGMA = 0.6
-OURS = "semantic_style"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +58,8 @@ def auto_map(request: Request) -> tuple[SemanticMap, list[Clustering]]:
         FloatingPointError: features that are not finite.
     """
     _check(request)
-    guider = comfy.samplers.CFGGuider(_unpatched(request.model))
-    prompts = [_prompt(request, side) for side in request.sides]
-    guider.set_conds(prompts[0], prompts[0])
-    sampler = _Reading(request, prompts)
-    # The host prepares for a latent of this shape; the sampler takes the inversions' own.
-    shape = max((side.clean for side in request.sides), key=Tensor.numel)
-    blank = torch.zeros(shape.shape)
-    sigmas = torch.tensor([request.sigma, 0.0])
-    guider.sample(blank, blank, sampler, sigmas, disable_pbar=True, seed=request.seed)
-    return _cluster(request, *sampler.features)
+    pictures = [(side.clean, _prompt(request, side)) for side in request.sides]
+    return _cluster(request, *read_features(request.model, pictures, request.sigma, request.seed))
 
 
 def _check(request: Request) -> None:
@@ -86,8 +68,7 @@ def _check(request: Request) -> None:
     check_regions(request.regions)
     if request.smoothing < 0:
         raise ValueError(f"smoothing must be 0 (off) or more rounds, got {request.smoothing}")
-    if not (math.isfinite(request.sigma) and request.sigma > 0):
-        raise ValueError(f"sigma must be a noise level above 0, got {request.sigma}")
+    check_sigma(request.sigma)
     now = identify(request.model)
     for side, name in zip(request.sides, ("content", "style"), strict=True):
         check_same(side.model, now, request.allow_other_model)
@@ -112,65 +93,6 @@ def _prompt(request: Request, side: Inversion) -> list:
     prompt = side.positive if request.conditioning is None else request.conditioning
     assert prompt is not None
     return prompt
-
-
-def _unpatched(model: "ModelPatcher") -> "ModelPatcher":
-    """A clone with the weights' patches of `model`, without patches of its attention and this pack's wrappers."""
-    clone = model.clone()
-    to = {k: v for k, v in clone.model_options.get("transformer_options", {}).items() if not k.startswith("patches")}
-    to["wrappers"] = {
-        kind: {key: w for key, w in keyed.items() if not str(key).startswith(OURS)}
-        for kind, keyed in to.get("wrappers", {}).items()
-    }
-    clone.model_options["transformer_options"] = to
-    clone.wrappers = {
-        kind: {key: w for key, w in keyed.items() if not str(key).startswith(OURS)}
-        for kind, keyed in clone.wrappers.items()
-    }
-    return clone
-
-
-def noised(clean: Tensor, sigma: float, seed: int) -> Tensor:
-    """`clean + sigma * noise` [B, C, *S], the same noise for every picture.
-
-    Not the inversion's own latent: what DDIM inversion makes is no noise to the model. On Paperland regions found from
-    it agree less with the true ones (docs/scsa.md).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(clean.shape[1:], generator=generator, dtype=torch.float32)
-    return clean + sigma * noise.to(clean)
-
-
-class _Reading(comfy.samplers.Sampler):
-    """A host sampler that reads features instead of sampling. One object for one run: it keeps the run's result."""
-
-    def __init__(self, request: Request, prompts: list[list]) -> None:
-        self.request, self.prompts = request, prompts
-        self.features: list[Features] = []
-
-    def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):
-        bar = comfy.utils.ProgressBar(len(self.prompts))
-        for side, prompt in zip(self.request.sides, self.prompts, strict=True):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            latent = noised(side.clean, self.request.sigma, self.request.seed).to(noise)
-            self.features.append(self._read(model_wrap, latent, prompt, extra_args["model_options"]))
-            bar.update(1)
-        return noise
-
-    def _read(self, guider: Any, latent: Tensor, prompt: list, model_options: dict[str, Any]) -> Features:
-        unet = guider.inner_model.diffusion_model
-        tap = FeatureTap(feature_blocks(unet))
-        options = comfy.model_patcher.create_model_options_clone(model_options)
-        options["transformer_options"] = {**tap.options(options.get("transformer_options")), REFERENCE: True}
-        conds = stream_conds(guider, prompt, latent)
-        sigma = latent.new_full((len(latent),), self.request.sigma)
-        comfy.samplers.calc_cond_batch(guider.inner_model, [conds], latent, sigma, options)
-        seen = tap.read(latent.shape[2:])
-        if not seen:
-            raise RuntimeError(NOT_SEEN)
-        return seen[0].each(lambda t: t.float().cpu())
 
 
 def _cluster(request: Request, content: Features, style: Features) -> tuple[SemanticMap, list[Clustering]]:

@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..attention.clustering import MAX_REGIONS
 from ..attention.map_report import describe, warnings
-from ..host.auto_map import MIDDLE_SIGMA, Request, auto_map, summary
+from ..host.auto_map import Request, auto_map, summary
+from ..host.reading import MIDDLE_SIGMA
 from ..samplers.inversion import Inversion
 from .inversion import MAX_SEED
 from .schema import schema
