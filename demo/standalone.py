@@ -326,6 +326,14 @@ def restyle_by_energy(
     return out, report_plot(table), f"{len(table['sigma'])} guided steps"
 
 
+def batch_images(report: Report, image1: Tensor, image2: Tensor) -> tuple:
+    return (torch.cat([image1, image2]),)
+
+
+def inversion_from_batch(report: Report, inversion: Inversion, batch_index: int, length: int) -> tuple:
+    return (inversion.rows(batch_index, length),)
+
+
 def pair_labels(report: Report, content: Tensor, style: Tensor) -> tuple:
     return (SemanticMap(content, style),)
 
@@ -367,6 +375,7 @@ NODES: dict[str, Callable[..., tuple]] = {
     **SCSA_NODES,
     "CFGGuider": guide,
     "CLIPTextEncode": encode_caption,
+    "ImageBatch": batch_images,
     "KSampler": sample_from_noise,
     "PrimitiveInt": number,
     "SamplerCustomAdvanced": sample,
@@ -374,6 +383,7 @@ NODES: dict[str, Callable[..., tuple]] = {
     "SemanticStyleAdaIN": restyle,
     "SemanticStyleDDIMInversion": invert_ddim,
     "SemanticStyleDDPMInversion": invert_ddpm,
+    "SemanticStyleInversionFromBatch": inversion_from_batch,
     "SemanticStyleInversionLatent": inversion_latent,
     "SemanticStyleKSampler": restyle_by_energy,
     "SemanticStyleMapFromLabels": pair_labels,

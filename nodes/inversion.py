@@ -281,4 +281,46 @@ class InversionLatent(io.ComfyNode):
         return io.NodeOutput({"samples": inversion.to_outer(inversion.trajectory[step])})
 
 
-NODES: list[type[io.ComfyNode]] = [DDPMInversion, DDIMInversion, Replay, InversionLatent, SaveInversion, LoadInversion]
+class InversionFromBatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleInversionFromBatch",
+            display_name="Inversion From Batch (Semantic Style)",
+            category=CATEGORY,
+            description="Takes pictures out of an inversion of several. Pictures of one size inverted as a batch (Batch "
+            "Images before VAE Encode) need fewer calls of the model, and each is as if it were inverted alone.",
+            inputs=[
+                InversionSocket.Input("inversion", tooltip="Of a batch: from an inversion node or from a file."),
+                io.Int.Input(
+                    "batch_index",
+                    default=0,
+                    min=0,
+                    max=4095,
+                    tooltip="The first picture to take: 0 is the first of the batch.",
+                ),
+                io.Int.Input(
+                    "length",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="How many pictures to take, that one and those after it.",
+                ),
+            ],
+            outputs=[InversionSocket.Output(display_name="inversion", tooltip="Of those pictures only.")],
+        )
+
+    @classmethod
+    def execute(cls, inversion: Inversion, batch_index: int, length: int) -> io.NodeOutput:
+        return io.NodeOutput(inversion.rows(batch_index, length))
+
+
+NODES: list[type[io.ComfyNode]] = [
+    DDPMInversion,
+    DDIMInversion,
+    Replay,
+    InversionLatent,
+    InversionFromBatch,
+    SaveInversion,
+    LoadInversion,
+]

@@ -172,6 +172,31 @@ class Inversion:
     def _channels(value: Tensor | None, like: Tensor, default: float) -> Tensor | float:
         return default if value is None else per_row(value.to(like), like[0])
 
+    def rows(self, first: int, count: int = 1) -> "Inversion":
+        """The inversion of some pictures of the batch, `count` from number `first` on (0 is the first).
+
+        Exact: pictures of a batch do not know of each other. A prompt with a row for each picture is cut as well.
+
+        Raises:
+            ValueError: pictures that the batch does not have.
+        """
+        held = len(self.clean)
+        if first < 0 or count < 1 or first + count > held:
+            raise ValueError(
+                f"this inversion holds {held} picture{'s' * (held != 1)}, numbered from 0: there are no {count} from "
+                f"number {first} on"
+            )
+        rows = slice(first, first + count)
+        return replace(
+            self,
+            clean=self.clean[rows],
+            trajectory=self.trajectory[:, rows],
+            noise_maps=None if self.noise_maps is None else self.noise_maps[:, rows],
+            residual=None if self.residual is None else self.residual[rows],
+            positive=_rows_of_prompt(self.positive, held, rows),
+            negative=_rows_of_prompt(self.negative, held, rows),
+        )
+
     def to(self, device: torch.device | str) -> "Inversion":
         """The same inversion with its latents on another device (levels and conditioning stay where they are)."""
         moved: dict[str, Any] = {
@@ -180,3 +205,9 @@ class Inversion:
             if isinstance(getattr(self, f.name), Tensor) and f.name != "sigmas"
         }
         return replace(self, **moved)
+
+
+def _rows_of_prompt(prompt: list | None, held: int, rows: slice) -> list | None:
+    if prompt is None or held == 1:
+        return prompt
+    return [[tokens[rows] if len(tokens) == held else tokens, *rest] for tokens, *rest in prompt]

@@ -150,14 +150,14 @@ LAYOUTS = {
     ),
     "scsa_colors": Layout(
         title="SCSA: region by region, with colour maps",
-        note="Both scenes are inverted (DDIM). **SCSA** lets every region of the content be painted with what the "
-        "style has in the same region; equal colours in the two maps are the same region. It begins with the content's "
-        "noise, whose regions take the statistics of the style's, here by half: all of it, as published, makes specks "
-        "at the borders of flat regions.\n\n"
+        note="Both scenes and the pictures of their regions are inverted (DDIM), as one batch. **SCSA** lets every "
+        "region of the content be painted with what the style has in the same region; equal colours in the two maps "
+        "are the same region. It begins with the content's noise, whose regions take the statistics of the style's, "
+        "here by half: all of it, as published, makes specks at the borders of flat regions.\n\n"
         "Turn **temperature** on **SCSA** and **strength** on **AdaIN per region**, and look at **Regions** first.",
         groups={
-            "Scenes": [[1, 2, 3], [4, 5, 6]],
-            "Invert both": [[7, 8, 9]],
+            "Scenes": [[1, 2, 3], [4, 9]],
+            "Invert the four": [[23, 24, 25], [5, 7], [26, 27, 28, 29]],
             "SCSA": [[10], [11, 12, 13, 14]],
             "Replay": [[15, 16, 17, 18]],
             "Pictures": [[19, 20], [21, 22]],
@@ -195,13 +195,13 @@ LAYOUTS = {
     "scsa_colors_sd15": Layout(
         title="SCSA with SD1.5 and colour maps",
         note="Choose a checkpoint, two pictures, and for each a picture of its regions: equal colours are the same "
-        "region, smooth borders and JPEG do no harm.\n\n"
+        "region, smooth borders and JPEG do no harm. The four are inverted as one batch.\n\n"
         "Look at **Regions** first. 50 steps, empty prompt and CFG 1 as published; **temperature** and **end_percent** "
         "on **SCSA** are worth turning.",
         groups={
             "Pictures": [[1, 2, 3], [4, 5, 10]],
             "Regions": [[6, 7, 15], [8, 9]],
-            "Invert both": [[11, 12], [13, 14]],
+            "Invert the four": [[29, 30, 31], [11, 13], [32, 33, 34, 35]],
             "SCSA": [[16], [17, 18, 19, 20]],
             "Replay": [[21, 22, 23, 24]],
             "Results": [[25, 26], [27, 28]],

@@ -23,6 +23,7 @@ NODE_IDS = {
     "SemanticStyleDDPMInversion",
     "SemanticStyleEnergyGuider",
     "SemanticStyleInversionLatent",
+    "SemanticStyleInversionFromBatch",
     "SemanticStyleFlicker",
     "SemanticStyleKSampler",
     "SemanticStyleLoadInversion",

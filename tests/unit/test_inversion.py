@@ -4,6 +4,8 @@ The exact model: data ~ N(mean, std^2) for every element, so `denoised = (std^2 
 probability-flow ODE has the closed solution `x(s) = mean + (x(0) - mean) sqrt(1 + s^2/std^2)`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -311,3 +313,34 @@ def test_refusals_before_any_model_call():
         with pytest.raises(ValueError, match=message):
             call()
     assert model.calls == 0
+
+
+def test_rows_of_a_batch_are_inversions_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(3)
+    clean = torch.randn(3, 2, 4, 5, generator=generator, dtype=torch.float64)
+    sigmas = torch.tensor([3.0, 1.0, 0.3, 0.0])
+    noise = torch.randn(3, 3, 2, 4, 5, generator=generator, dtype=torch.float64)
+
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    both = ddpm_inversion(model, clean, sigmas, noise=noise)
+    prompt = [[torch.arange(3.0).view(3, 1, 1), {}]]
+    both = replace(both, positive=prompt, negative=[[torch.zeros(1, 1, 1), {"k": 1}]])
+    part = both.rows(1, 2)
+    alone = ddpm_inversion(model, clean[1:], sigmas, noise=noise[:, 1:])
+    for name in ("clean", "trajectory", "noise_maps", "residual"):
+        assert torch.allclose(getattr(part, name), getattr(alone, name), atol=1e-12), name
+    assert part.positive is not None
+    assert part.positive[0][0].flatten().tolist() == [1.0, 2.0]
+    assert part.negative == both.negative
+    assert len(both.clean) == 3
+    assert ddim_inversion(model, clean, sigmas).rows(0).noise_maps is None
+
+
+@pytest.mark.parametrize(("first", "count"), [(3, 1), (0, 4), (-1, 1), (0, 0), (2, 2)])
+def test_rows_that_a_batch_lacks_are_refused(first: int, count: int) -> None:
+    clean = torch.zeros(3, 2, 4, 4)
+    inversion = Inversion("ddim", clean, torch.zeros(2, *clean.shape), torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match=f"3 pictures, numbered from 0: there are no {count} from number {first}"):
+        inversion.rows(first, count)

@@ -13,7 +13,6 @@ from semantic_style.attention.color_maps import regions_from_colors
 from semantic_style.attention.scsa import Settings
 from semantic_style.demo import model as paperland
 from semantic_style.demo import scenes, standalone
-from semantic_style.demo.map_pictures import draw_map
 from semantic_style.demo.scsa import Pictures, ScsaDenoiser
 from semantic_style.demo.unet import UNetConfig
 from semantic_style.samplers.ddim_inversion import ddim_inversion
@@ -50,7 +49,7 @@ def test_the_graph_is_the_published_recipe(small: paperland.Paperland) -> None:
     ]
     regions = regions_from_colors(*(scenes.label_image(d.labels) for d in drawn)).regions
     empty, sigmas = small.text([""]), paperland.sigmas_normal(STEPS)
-    images = [*(d.images for d in drawn), *draw_map(regions)]
+    images = [*(d.images for d in drawn), *(scenes.label_image(d.labels) for d in drawn)]
     plain = small.guided(empty, empty, 1.0)
     inverted = [ddim_inversion(plain, paperland.encode_pixels(i), sigmas) for i in images]
     content, style = inverted[:2]
