@@ -288,8 +288,8 @@ class InversionFromBatch(io.ComfyNode):
             node_id="SemanticStyleInversionFromBatch",
             display_name="Inversion From Batch (Semantic Style)",
             category=CATEGORY,
-            description="Takes pictures out of an inversion of several. Pictures of one size inverted as a batch (Batch "
-            "Images before VAE Encode) need fewer calls of the model, and each is as if it were inverted alone.",
+            description="Takes pictures out of an inversion of several. Pictures of one size inverted as a batch ("
+            "Batch Images before VAE Encode) need fewer calls of the model, and each is as if it were inverted alone.",
             inputs=[
                 InversionSocket.Input("inversion", tooltip="Of a batch: from an inversion node or from a file."),
                 io.Int.Input(
