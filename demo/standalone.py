@@ -31,8 +31,9 @@ from . import model as paperland
 from . import motion, scenes
 from .client import Graph, Progress, node_title, progress_of
 from .guided import EnergyGuided
-from .solver import dpm_solver_2m
 from .standalone_scsa import NODES as SCSA_NODES
+from .standalone_spin import NODES as SPIN_NODES
+from .standalone_spin import Captions, EnergyGuider, MaskedLatent, sample_masked
 
 PUBLISHED_WEIGHTS = {"published for images": FOR_IMAGES, "published for video": FOR_VIDEO}
 # Levels per model call on an accelerator; on a CPU one image of 32x32 places keeps the cores busy.
@@ -112,7 +113,7 @@ def load_model(report: Report, precision: str = "fp32") -> tuple:
     model = paperland.load(
         device=device(), dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     )
-    return model, model.text, paperland
+    return model, Captions(model.text), paperland
 
 
 def draw_scene(
@@ -246,7 +247,7 @@ def sample_from_noise(
     model: Any,
     positive: Tensor,
     negative: Tensor,
-    latent_image: Tensor,
+    latent_image: Tensor | MaskedLatent,
     seed: int,
     steps: int,
     cfg: float,
@@ -256,17 +257,36 @@ def sample_from_noise(
 ) -> tuple:
     if sampler_name != "dpmpp_2m" or denoise != 1:
         raise Missing(f"KSampler with {sampler_name!r}, denoise {denoise} runs in ComfyUI only; here 'dpmpp_2m', 1")
-    noise = torch.randn(latent_image.shape, generator=torch.Generator().manual_seed(seed)).to(device())
-    sigmas = _levels(scheduler, steps).to(noise)
-    # As in the host: at the top of the schedule the latent has the variance of signal and noise together.
-    x = noise * (1 + sigmas[0] ** 2).sqrt()
-    out = dpm_solver_2m(model.guided(positive, negative, cfg), x, sigmas, report)
-    return (out,)
+    guided = model.guided(positive, negative, cfg)
+    return (sample_masked(guided, latent_image, _noise(latent_image, seed), _levels(scheduler, steps), report),)
+
+
+def _noise(latent: Tensor | MaskedLatent, seed: int) -> Tensor:
+    like = latent.samples if isinstance(latent, MaskedLatent) else latent
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(device())
+
+
+def levels(report: Report, model: Any, scheduler: str, steps: int, denoise: float) -> tuple:
+    if denoise != 1:
+        raise Missing(f"Basic Scheduler with denoise {denoise} runs in ComfyUI only; here 1")
+    return (_levels(scheduler, steps),)
 
 
 def sample(
-    report: Report, noise: Replaying, guider: Any, sampler: Replaying, sigmas: Tensor, latent_image: Tensor
+    report: Report,
+    noise: Replaying | int,
+    guider: Any,
+    sampler: Replaying | str,
+    sigmas: Tensor,
+    latent_image: Tensor | MaskedLatent,
 ) -> tuple:
+    if isinstance(guider, EnergyGuider):
+        guider = guider.on(sigmas)
+    if not isinstance(sampler, Replaying) or not isinstance(noise, Replaying):
+        if isinstance(sampler, Replaying) or isinstance(noise, Replaying):
+            raise Missing("a replay's noise with another sampler, or the reverse, runs in ComfyUI only")
+        out = sample_masked(guider, latent_image, _noise(latent_image, noise), sigmas, report)
+        return out, out
     out = replay(
         guider,
         noise.start,
@@ -373,6 +393,8 @@ SHOW = ("PreviewImage", "SaveImage", "SaveAnimatedWEBP", "SemanticStylePreviewMa
 NODES: dict[str, Callable[..., tuple]] = {
     **dict.fromkeys(("PreviewImage", "SaveImage"), show),
     **SCSA_NODES,
+    **SPIN_NODES,
+    "BasicScheduler": levels,
     "CFGGuider": guide,
     "CLIPTextEncode": encode_caption,
     "ImageBatch": batch_images,

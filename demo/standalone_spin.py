@@ -87,6 +87,7 @@ def sample_masked(guided: Any, latent: Tensor | MaskedLatent, noise: Tensor, sig
         guided = Inpainting(guided, clean, noise, mask)
     else:
         clean = latent.to(noise)
+    sigmas = sigmas.to(noise)
     # At the top of the schedule the latent has the variance of signal and noise together.
     return dpm_solver_2m(guided, noise * (1 + sigmas[0] ** 2).sqrt() + clean, sigmas, report)
 

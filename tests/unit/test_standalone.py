@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from semantic_style.demo import model as paperland
-from semantic_style.demo import motion, run, scenes, sheet, standalone
+from semantic_style.demo import motion, run, scenes, sheet, solver, standalone
 from semantic_style.demo.client import Graph, Progress
 from semantic_style.demo.unet import UNetConfig
 
@@ -145,7 +145,7 @@ def test_the_sampler_is_of_second_order() -> None:
     def error(steps: int) -> float:
         sigmas = torch.logspace(1, -2, steps + 1, dtype=torch.float64)
         x = torch.ones(1, 1, dtype=torch.float64) * (1 + sigmas[0] ** 2).sqrt()
-        out = standalone.dpm_solver_2m(gaussian, x, sigmas, lambda value, maximum: None)
+        out = solver.dpm_solver_2m(gaussian, x, sigmas, lambda value, maximum: None)
         return abs(float(out) - float((1 + sigmas[-1] ** 2).sqrt()))
 
     assert error(80) < 1e-3
