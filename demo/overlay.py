@@ -21,6 +21,7 @@ PAPER, INK = (250, 247, 240), (40, 36, 32)
 # Regions with less of a picture than this have their area in the legend only.
 LABELLED = 0.02
 GOLDEN_ANGLE = 0.381966
+OUTSIDE = 0.25  # brightness of what is outside a subject
 
 
 def overlay_map(
@@ -46,6 +47,23 @@ def overlay_map(
         ]
         sheets.append(torch.from_numpy(np.array(_sheet(sides, legend))).float() / 255)
     return torch.stack(sheets)
+
+
+def overlay_subject(mask: Tensor, image: Tensor | None = None) -> Tensor:
+    """A picture with what is outside the mask darkened, and the mask's edge in white.
+
+    Args:
+        mask: [B, H, W] in 0..1.
+        image: [B', H, W, 3 or more] in 0..1, one for all or one for each mask; grey without.
+    Returns:
+        [B, H, W, 3] in 0..1, on the CPU.
+    """
+    mask = mask.cpu().float()
+    ground = torch.full((1, *mask.shape[1:], 3), 0.75) if image is None else image[..., :3].cpu().float().clamp(0, 1)
+    ground = ground.expand(len(mask), -1, -1, -1) if len(ground) == 1 else ground
+    shown = ground * (OUTSIDE + (1 - OUTSIDE) * mask[..., None])
+    edges = torch.stack([_borders((one > 0.5).long()) for one in mask])
+    return torch.where(edges[..., None], 1.0, shown)
 
 
 def region_colors(number: int) -> list[tuple[int, int, int]]:

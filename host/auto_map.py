@@ -10,7 +10,7 @@ from ..attention.regions import SemanticMap
 from ..samplers.features import Features, feature_blocks
 from ..samplers.inversion import Inversion
 from .models import check_invertible, check_same, identify
-from .reading import MIDDLE_SIGMA, check_sigma, read_features
+from .reading import MIDDLE_SIGMA, Look, check_sigma, read_features
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -58,8 +58,8 @@ def auto_map(request: Request) -> tuple[SemanticMap, list[Clustering]]:
         FloatingPointError: features that are not finite.
     """
     _check(request)
-    pictures = [(side.clean, _prompt(request, side)) for side in request.sides]
-    return _cluster(request, *read_features(request.model, pictures, request.sigma, request.seed))
+    looks = [Look(side.clean, _prompt(request, side), request.seed) for side in request.sides]
+    return _cluster(request, *read_features(request.model, looks, request.sigma))
 
 
 def _check(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -22,6 +23,16 @@ MIDDLE_SIGMA = 0.6
 OURS = "semantic_style"
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A call that features are read from: clean latents [B, C, H, W] in the model's coordinates, their CONDITIONING,
+    the seed of the noise."""
+
+    clean: Tensor
+    prompt: list
+    seed: int
+
+
 def check_sigma(sigma: float) -> None:
     """Raise ValueError unless features can be read at this noise level."""
     if not (math.isfinite(sigma) and sigma > 0):
@@ -39,30 +50,27 @@ def noised(clean: Tensor, sigma: float, seed: int) -> Tensor:
     return clean + sigma * noise.to(clean)
 
 
-def read_features(
-    model: "ModelPatcher", pictures: Sequence[tuple[Tensor, list]], sigma: float, seed: int
-) -> list[Features]:
-    """What the model's decoder makes of pictures with noise from the seed.
+def read_features(model: "ModelPatcher", looks: Sequence[Look], sigma: float) -> list[Features]:
+    """What the model's decoder makes of pictures with noise.
 
     Args:
         model: the host's MODEL; patches of its attention and other hooks by this pack are left aside, weights' patches
             stay.
-        pictures: clean latents [B, C, H, W] in the model's coordinates, each with its CONDITIONING.
+        looks: one or more.
         sigma: noise level.
     Returns:
-        for each of the pictures its features, float32 on the CPU.
+        the features of each look, float32 on the CPU.
     Raises:
         ValueError: a network without the decoder that is needed.
         RuntimeError: a prompt that does not cover the picture.
     """
     feature_blocks(model.model.diffusion_model)
     guider = comfy.samplers.CFGGuider(unpatched(model))
-    first = pictures[0][1]
-    guider.set_conds(first, first)
-    sampler = _Reading(pictures, sigma, seed)
+    guider.set_conds(looks[0].prompt, looks[0].prompt)
+    sampler = _Reading(looks, sigma)
     # The host prepares for a latent of this shape; the sampler takes the pictures' own.
-    blank = torch.zeros(max((clean for clean, _ in pictures), key=Tensor.numel).shape)
-    guider.sample(blank, blank, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=seed)
+    blank = torch.zeros(max((look.clean for look in looks), key=Tensor.numel).shape)
+    guider.sample(blank, blank, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=looks[0].seed)
     return sampler.features
 
 
@@ -85,18 +93,18 @@ def unpatched(model: "ModelPatcher") -> "ModelPatcher":
 class _Reading(comfy.samplers.Sampler):
     """A host sampler that reads features instead of sampling. One object for one run: it keeps the run's result."""
 
-    def __init__(self, pictures: Sequence[tuple[Tensor, list]], sigma: float, seed: int) -> None:
-        self.pictures, self.sigma, self.seed = pictures, sigma, seed
+    def __init__(self, looks: Sequence[Look], sigma: float) -> None:
+        self.looks, self.sigma = looks, sigma
         self.features: list[Features] = []
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
-        bar = comfy.utils.ProgressBar(len(self.pictures))
-        for clean, prompt in self.pictures:
+        bar = comfy.utils.ProgressBar(len(self.looks))
+        for look in self.looks:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            latent = noised(clean, self.sigma, self.seed).to(noise)
-            self.features.append(self._read(model_wrap, latent, prompt, extra_args["model_options"]))
+            latent = noised(look.clean, self.sigma, look.seed).to(noise)
+            self.features.append(self._read(model_wrap, latent, look.prompt, extra_args["model_options"]))
             bar.update(1)
         return noise
 

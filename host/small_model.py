@@ -1,6 +1,7 @@
 """Small models of our own as the host's MODEL, CLIP and VAE, so that stock nodes work on them."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ def _latent_format(name: str, channels: int, rgb_factors: Tensor) -> comfy.laten
     def init(self: Any) -> None:
         self.latent_channels = channels
         self.latent_rgb_factors = rgb_factors.tolist()
+        # As newer hosts' formats say it: 3*p*p channels hold p x p pixels.
+        self.spacial_downscale_ratio = max(1, math.isqrt(channels // 3))
 
     return type(name, (comfy.latent_formats.LatentFormat,), {"__init__": init})()
 

@@ -35,6 +35,7 @@ NODE_IDS = {
     "SemanticStylePaperlandModel",
     "SemanticStylePaperlandScene",
     "SemanticStyleReplay",
+    "SemanticStyleSaliency",
     "SemanticStyleSaveInversion",
     "SemanticStyleSemantixEnergy",
     "SemanticStyleSpinEmbedding",
