@@ -3,7 +3,7 @@
 import pytest
 import torch
 from semantic_style.attention.regions import SemanticMap
-from semantic_style.demo.overlay import _middle, overlay_map, region_colors
+from semantic_style.demo.overlay import _middle, overlay_map, overlay_subject, region_colors
 
 
 def share(picture, color):
@@ -57,3 +57,17 @@ def test_numbers_stand_inside_their_regions(shape):
 def test_one_picture_for_every_frame():
     frames = torch.arange(3)[:, None, None].expand(3, 4, 4)
     assert len(overlay_map(SemanticMap(frames, frames[:1]))) == 3
+
+
+def test_a_subject_stays_bright_and_the_rest_gets_dark():
+    mask = torch.zeros(2, 12, 10)
+    mask[0, 3:9, 2:8] = 1.0
+    mask[1, :6] = 0.5
+    image = torch.rand(1, 12, 10, 4, generator=torch.Generator().manual_seed(0))
+    shown = overlay_subject(mask, image)
+    assert shown.shape == (2, 12, 10, 3)
+    assert torch.equal(shown[0, 5, 5], image[0, 5, 5, :3])
+    assert torch.allclose(shown[0, 0, 0], 0.25 * image[0, 0, 0, :3])
+    assert torch.allclose(shown[1, 0, 0], 0.625 * image[0, 0, 0, :3])
+    assert (shown[0, 3, 4] == 1).all()
+    assert overlay_subject(mask).shape == (2, 12, 10, 3)
