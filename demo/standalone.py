@@ -77,7 +77,7 @@ class _Run:
     def pictures(self) -> list[Picture]:
         found = []
         for node_id in sorted((i for i, node in self.graph.items() if node["class_type"] in SHOW), key=int):
-            (images,) = self.output(node_id)
+            images = self.output(node_id)[SHOW[self.graph[node_id]["class_type"]]]
             found += [(node_title(self.graph, node_id), _to_picture(image)) for image in images]
         return found
 
@@ -389,7 +389,14 @@ def show_moving(
     return ([Image.open(file)],)
 
 
-SHOW = ("PreviewImage", "SaveImage", "SaveAnimatedWEBP", "SemanticStylePreviewMap")
+# Nodes that show pictures, with the output that those are.
+SHOW = {
+    "PreviewImage": 0,
+    "SaveImage": 0,
+    "SaveAnimatedWEBP": 0,
+    "SemanticStylePreviewMap": 0,
+    "SemanticStyleSaliency": 1,
+}
 NODES: dict[str, Callable[..., tuple]] = {
     **dict.fromkeys(("PreviewImage", "SaveImage"), show),
     **SCSA_NODES,

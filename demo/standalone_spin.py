@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.masks import as_mask, keep_outside, mask_on_grid, soften
+from ..attention.saliency import find_subject as cut_out
 from ..samplers.embedding import Settings, learn
 from ..samplers.embedding_file import take_embeddings
+from ..samplers.features import FeatureTap, feature_blocks
 from ..samplers.guidance import Energy, Stream
 from ..samplers.injection import Injection, scaled
 from ..samplers.inversion import Inversion
 from ..samplers.spin_energy import SpinStyleTerm
 from .guided import EnergyGuided
 from .model import Guided, Paperland
+from .overlay import overlay_subject
 from .solver import dpm_solver_2m
 from .spin import Inpainting
 from .text import IT, CaptionEncoder
@@ -90,6 +93,37 @@ def sample_masked(guided: Any, latent: Tensor | MaskedLatent, noise: Tensor, sig
     sigmas = sigmas.to(noise)
     # At the top of the schedule the latent has the variance of signal and noise together.
     return dpm_solver_2m(guided, noise * (1 + sigmas[0] ** 2).sqrt() + clean, sigmas, report)
+
+
+@torch.no_grad()
+def find_subject(
+    report: Report,
+    model: Paperland,
+    sigma: float,
+    threshold: float,
+    mode: str,
+    grow: int,
+    looks: int,
+    seed: int,
+    latent: Tensor | None = None,
+    inversion: Inversion | None = None,
+    prompt: Tensor | None = None,
+    image: Tensor | None = None,
+    allow_other_model: bool = False,
+) -> tuple:
+    if latent is None or len(latent) != 1 or prompt is None or image is None or mode != "hard" or grow:
+        raise ValueError("subjects of other things than one encoded image, soft or grown, are found in ComfyUI only")
+    clean, seen = latent.to(model.sigmas), []
+    for look in range(looks):
+        noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + look)).to(clean)
+        tap = FeatureTap(feature_blocks(model.unet))
+        model(clean + sigma * noise, clean.new_full((1,), sigma), prompt, tap.options())
+        (features,) = tap.read(clean.shape[2:])
+        seen.append(F.normalize(features.stages[-1].float().cpu(), dim=1))
+        report(look + 1, looks)
+    found = cut_out(torch.stack(seen).mean(dim=0)[0], threshold)
+    mask = (F.interpolate(found.hard[None, None].float(), size=image.shape[1:3], mode="bilinear") > 0.5).float()[0]
+    return mask, overlay_subject(mask, image), ""
 
 
 def learn_embedding(
@@ -237,6 +271,7 @@ NODES: dict[str, Callable[..., tuple]] = {
     "SemanticStyleApplySpin": apply_spin,
     "SemanticStyleEnergyGuider": guide_by_energy,
     "SemanticStyleKeepBackground": keep_background,
+    "SemanticStyleSaliency": find_subject,
     "SemanticStyleSpinEmbedding": learn_embedding,
     "SemanticStyleSpinStyleEnergy": style_energy,
     "SetLatentNoiseMask": mask_latent,

@@ -70,6 +70,24 @@ def test_an_embedding_is_the_one_that_spin_learns(small: paperland.Paperland, gi
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_the_subject_is_found_by_the_demo_model() -> None:
+    model, scene = paperland.load(), scenes.single("sun", 304, 15)
+    subject, seen = scenes.object_mask(scene.labels) > 0, []
+    given = {"latent": paperland.encode_pixels(scene.images), "prompt": model.text([""]), "image": scene.images}
+    settings = {"sigma": 0.3, "threshold": 0.5, "mode": "hard", "grow": 0, "looks": 2, "seed": 0}
+    find = NODES["SemanticStyleSaliency"]
+    mask, preview, _ = find(lambda *done: seen.append(done), model, **settings, **given)
+    found = mask > 0
+    assert (found & subject).sum() > 0.5 * (found | subject).sum()
+    # Inside the picture is as it was but for the edge drawn around the subject, outside it is dark.
+    assert (preview[found] == scene.images[found]).all(dim=-1).float().mean() > 0.5
+    assert preview[~found].mean() < scene.images[~found].mean()
+    assert seen == [(1, 2), (2, 2)]
+    for missing in ("prompt", "image", "latent"):
+        with pytest.raises(ValueError, match="in ComfyUI only"):
+            find(silent, model, **settings, **(given | {missing: None}))
+
+
 def test_an_embedding_needs_a_picture(small: paperland.Paperland) -> None:
     with pytest.raises(ValueError, match="an image with its vae"):
         NODES["SemanticStyleSpinEmbedding"](silent, small, Captions(small.text), "sun", name="mine", **LEARNING)
