@@ -8,12 +8,14 @@ second smallest eigenvector of the normalised Laplacian. The subject is the side
 Our reading, measured on Paperland (docs/saliency.md):
 * a cut may find two halves of the background, such as sky from ground. While no side hardly touches the border, the
   part whose cut costs least (the smallest eigenvalue) is cut again, as Shi and Malik do;
-* what reaches from one border to the opposite one is background, however little of the border it touches;
+* what reaches from one border to the opposite one is background, however little of the border it touches; what is
+  strewn or drawn out, such as pieces of a horizon, is no subject while there is something more compact;
 * a side is taken where Otsu's threshold divides the eigenvector best (Otsu, IEEE Trans. SMC 9, 1979): its mean lies
   within the larger side where the other one is small;
 * the outermost places, where a network sees its own padding, are left out and take their neighbours' answer.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +32,8 @@ CUTS = 8  # at most
 COSTLY = 0.5  # eigenvalue above which a part is of one piece, 1 being that of places that are all alike
 TOUCHING = 0.5  # places on the border per square root of a part's places: up to this a part hardly touches it
 SMALLEST = 0.01  # of the picture: a smaller part is no subject, and one of twice that is not cut
-REACHES = 100.0  # added to the contact of what reaches from border to border
+COMPACT = 0.4  # a subject at least: 1 is a disc, 0.95 a square, 0.4 a bar five times as long as wide
+STREWN, REACHES = 20.0, 100.0  # added to the touch of what is not compact, of what reaches from border to border
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,7 @@ class Saliency:
             of the other side; 0 in parts that earlier cuts took away.
         hard: [H, W] booleans, the subject.
         contact: share of the picture's border that belongs to the subject.
-        touching: whether no part was found that hardly touches the border: then this is the one that does least.
+        touching: whether no compact part was found that hardly touches the border: then this is the nearest to that.
         cuts: how many were made.
     """
 
@@ -198,7 +201,18 @@ def _touch(part: Tensor) -> float:
     """How much a part [h, w] touches the border, by the square root of its size, which its own outline grows with."""
     top, bottom, left, right = (int(line.sum()) for line in (part[0], part[-1], part[:, 0], part[:, -1]))
     through = bool(top and bottom) or bool(left and right)
-    return (top + bottom + left + right) / max(1, int(part.sum())) ** 0.5 + REACHES * through
+    touch = (top + bottom + left + right) / max(1, int(part.sum())) ** 0.5
+    return touch + STREWN * (_compactness(part) < COMPACT) + REACHES * through
+
+
+def _compactness(part: Tensor) -> float:
+    """A part's size over that of the disc whose places lie as far from their middle, in the mean square."""
+    places = part.nonzero().double()
+    if not len(places):
+        return 0.0
+    # A place is a square: one by itself has a sixth.
+    spread = places.var(dim=0, correction=0).sum().item() + 1 / 6
+    return len(places) / (2 * math.pi * spread)
 
 
 def _border(size: tuple[int, ...]) -> Tensor:

@@ -146,7 +146,7 @@ def sheet(rows: list[list[Tensor]]) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="scenes of each kind (40)")
-    parser.add_argument("--first", type=int, default=100, help="the first layout seed (100)")
+    parser.add_argument("--first", type=int, default=200, help="the first layout seed (200)")
     parser.add_argument("--out", type=Path, default=Path("output"), help="folder for the files (output)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

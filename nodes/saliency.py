@@ -201,7 +201,7 @@ def _report(found: list[Saliency], mask: torch.Tensor) -> str:
         )
         note = ""
         if subject.touching:
-            note = "no part of the picture stands free of its border, this is the one that touches it least"
+            note = "no compact part of the picture stands free of its border, this is the nearest to one"
         elif area > NEARLY_ALL:
             note = "the subject is nearly the whole picture"
         if note:
