@@ -73,7 +73,7 @@ class SpinEmbedding(io.ComfyNode):
                     step=0.0001,
                     round=0.000001,
                     tooltip="About how far a vector's values move per step: 0.0005 as published, for CLIP, whose "
-                    "values are about 0.02 in size. Paperland's are about 1: take 0.05 there.",
+                    "values are about 0.02 in size. Paperland's are about 1: take 0.02 there.",
                 ),
                 io.Int.Input(
                     "batch",
