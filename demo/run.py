@@ -54,6 +54,11 @@ GRAPHS = (
     DemoGraph("semantix_ablations", "The same, freely, with terms of the energy switched off: what each is for"),
     DemoGraph("semantix_video", "Semantix on a moving scene, the frames as a batch; four of them are shown"),
     DemoGraph("scsa_colors", "SCSA: every region is painted with what the style has in the same region"),
+    DemoGraph(
+        "spin_insert",
+        "Spin: the reference's sun, learnt as a word, is painted into a landscape that has none; the energy draws it "
+        "to the night around it",
+    ),
 )
 
 

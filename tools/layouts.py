@@ -234,4 +234,96 @@ LAYOUTS = {
             "Results": [[16, 17], [18, 19]],
         },
     ),
+    "spin_insert": Layout(
+        title="Spin: a thing of one scene into another",
+        note="The reference's sun is learnt as a word; **Spin** lets the white part of the mask attend to that word, "
+        "all else to the background's caption. **Fit in with the background** is an energy that draws the inside to "
+        "the background's look.\n\n"
+        "Change the scenes' seeds, the **seed** of **Paint**, or the energy's **weight**: at 3 this night takes the "
+        "sun's colours away. What was learnt is kept: painting again is fast.",
+        groups={
+            "Scenes": [[1, 2], [3, 4], [6, 7]],
+            "The subject as a word": [[8, 10], [11]],
+            "The place": [[9, 12, 13]],
+            "Paint": [[19, 20, 21, 22], [14, 15, 16, 17, 18]],
+            "Paint with style energy": [[23, 24, 25], [26, 27, 28, 29, 30, 31]],
+            "Pictures": [[5, 32], [33, 34], [35]],
+        },
+        thumbnail=("Reference", "Background", "Painted in"),
+    ),
+    "spin_insert_text": Layout(
+        title="Spin: the learnt thing in other words",
+        note="The word that was learnt can be said in prompts, as `embedding:paperland_sun`, and other words beside "
+        "it change the thing: the more of them, the more. **Words for...** put both together.\n\n"
+        "Change the words there, or say the embedding in any caption of your own.",
+        groups={
+            "Scenes": [[1, 2], [3, 4], [6, 7]],
+            "The subject as a word": [[8, 10], [11]],
+            "The place": [[9, 12, 13]],
+            "As learnt": [[14, 15, 16, 17]],
+            "Green, said once": [[18, 19], [20, 21, 22, 23]],
+            "Green, said twice": [[24, 25], [26, 27, 28, 29]],
+            "Pictures": [[5, 30], [31], [32, 33]],
+        },
+        thumbnail=("Reference", "As learnt", "Green, said once", "Green, said twice"),
+    ),
+    "spin_with_scsa": Layout(
+        title="Spin, then SCSA on the whole",
+        note="A thing of the reference is painted into the background, then **SCSA** restyles the whole picture region "
+        "by region. The regions are the background's, with the painted thing's laid over them.\n\n"
+        "Each half works as in **spin_insert** and **scsa_colors**.",
+        groups={
+            "Scenes": [[1, 2], [3, 4], [6, 7, 18]],
+            "The subject as a word": [[8, 10], [11]],
+            "Paint it in": [[9, 12, 13], [14, 15, 16, 17]],
+            "Restyle": [[19, 20, 21, 22], [23, 24], [25], [26, 27, 28, 29], [30, 31, 32, 33]],
+            "Pictures": [[5, 34], [35, 36], [37, 38]],
+        },
+        thumbnail=("Reference", "Background", "Painted in", "Restyled"),
+    ),
+    "spin_insert_sd15": Layout(
+        title="Spin with SD1.5: a picture's subject into another",
+        note="Choose a checkpoint, the reference and the background, and paint the place into the background (right "
+        "click on it, *Open in MaskEditor*). Say in **class_word** what the subject is, and what the background "
+        "shows.\n\n"
+        "Look at **Its subject** first; any other mask may take its place. Learning takes 200 steps and is kept.",
+        groups={
+            "Pictures": [[1, 2, 3], [4, 5], [6, 7, 8]],
+            "The subject as a word": [[9, 10, 11], [13], [14]],
+            "The place": [[12, 15, 16]],
+            "Paint": [[17, 18, 19, 20]],
+            "Paint with style energy": [[21, 22, 23], [24, 25, 26, 27, 28, 29]],
+            "Results": [[30, 31], [32, 33]],
+        },
+    ),
+    "spin_insert_text_sd15": Layout(
+        title="Spin with SD1.5: the learnt subject in other words",
+        note="Choose a checkpoint, the reference and the background, and paint the place into the background (right "
+        "click on it, *Open in MaskEditor*). **Words before it** and the learnt word are the prompt of the inside: a "
+        "red one, a wooden one.\n\n"
+        "Fewer **tokens** leave more of the subject to the other words.",
+        groups={
+            "Pictures": [[1, 2, 3], [4, 5], [6, 7, 8]],
+            "The subject as a word": [[9, 10, 11], [13], [14]],
+            "The place": [[12, 15, 16]],
+            "Other words": [[17, 18]],
+            "Paint": [[19, 20, 21, 22]],
+            "Results": [[23, 24], [25]],
+        },
+    ),
+    "spin_with_scsa_sd15": Layout(
+        title="Spin with SD1.5, then SCSA on the whole",
+        note="Choose a checkpoint, a reference, a background into which you paint the place (*Open in MaskEditor*), a "
+        "style, and the regions of background and style in colours. The subject's region is red: make its counterpart "
+        "in the style red as well.\n\n"
+        "Look at **Its subject** and **Regions** first.",
+        groups={
+            "Pictures": [[1, 2, 3], [4, 5], [6, 7, 8]],
+            "The subject as a word": [[9, 10, 11], [13], [14]],
+            "Paint it in": [[12, 15, 16], [17, 18, 19, 20]],
+            "Style and regions": [[21, 22], [23, 24], [25, 26], [27, 28, 29]],
+            "Restyle": [[30, 31], [32, 33], [34], [35, 36, 37, 38], [39, 40, 41, 42]],
+            "Results": [[43, 44], [45, 46], [47]],
+        },
+    ),
 }

@@ -37,6 +37,8 @@ TEXT_HEIGHTS = {"CLIPTextEncode": (100, 180), "SemanticStylePaperlandEncode": (1
 PICTURES = ("SaveImage", "PreviewImage", "LoadImage", "LoadVideo")
 # An animation, or a map's preview, has its settings above it.
 ANIMATION_HEIGHT = 430
+# A subject's preview has more of them.
+SUBJECT_HEIGHT = 560
 # Pixels of an ordinary window that are left to the graph beside the frontend's bars, which newer versions lay over the
 # canvas, and the smallest scale at which titles are written.
 VIEW = (1540, 800)
@@ -108,6 +110,8 @@ def _size(node: Graph) -> list[int]:
     width, height = (round(side) for side in node["size"])
     if node["type"] in ("SaveAnimatedWEBP", "SemanticStylePreviewMap"):
         height = ANIMATION_HEIGHT
+    elif node["type"] == "SemanticStyleSaliency":
+        height = SUBJECT_HEIGHT
     elif node["type"] in PICTURES:
         height = PICTURE_HEIGHT
     elif node["type"] in TEXT_HEIGHTS:

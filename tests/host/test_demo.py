@@ -13,6 +13,7 @@ STEPS = 6
 # Guided from here on: at high noise, where a place's match is anyone's guess, guidance amplifies rounding until two
 # kinds of processor differ by levels; in the last third all of them agree.
 GUIDED_FROM = 2 / 3
+GUIDING = ("SemanticStyleKSampler", "SemanticStyleSpinStyleEnergy")
 
 
 def shortened(graph: Graph) -> Graph:
@@ -20,7 +21,7 @@ def shortened(graph: Graph) -> Graph:
     for node in graph.values():
         inputs = node["inputs"]
         inputs |= {"steps": STEPS} if "steps" in inputs else {}
-        inputs |= {"start_percent": GUIDED_FROM} if node["class_type"] == "SemanticStyleKSampler" else {}
+        inputs |= {"start_percent": GUIDED_FROM} if node["class_type"] in GUIDING else {}
         inputs |= {"batch_size": 2} if "batch_size" in inputs else {}
         inputs |= {"frames": 2} if "frames" in inputs else {}
         if node["class_type"] == "PrimitiveInt":
