@@ -14,6 +14,7 @@ WORKFLOWS = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 PACK = "semantic-style"
 HELP_MILLISECONDS = 15_000
+MOST_SCROLLS, SCROLL_MILLISECONDS = 60, 500
 
 
 def get(address: str, path: str) -> tuple[str, bytes]:
@@ -52,8 +53,17 @@ def test_the_dialog_of_templates_shows_and_opens_them(frontend) -> None:
     page.get_by_role("button", name="Templates").first.click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_text(PACK, exact=True).first.click()
-    for name in NAMES:
-        dialog.get_by_text(name, exact=True).first.wait_for()
+    box = dialog.bounding_box()
+    page.mouse.move(box["x"] + 0.7 * box["width"], box["y"] + 0.7 * box["height"])
+    shown: set[str] = set()
+    for _ in range(MOST_SCROLLS):
+        # Of many templates the dialog shows the first ones, and more as one scrolls.
+        shown |= {name for name in NAMES if dialog.get_by_text(name, exact=True).first.is_visible()}
+        if shown == set(NAMES):
+            break
+        page.mouse.wheel(0, 600)
+        page.wait_for_timeout(SCROLL_MILLISECONDS)
+    assert shown == set(NAMES)
     dialog.get_by_text("invert_and_reconstruct", exact=True).first.click()
     dialog.wait_for(state="hidden")
     page.wait_for_function("() => app.graph.nodes.some(node => node.type === 'SemanticStyleDDPMInversion')")
