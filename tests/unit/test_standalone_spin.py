@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from semantic_style.attention.masks import keep_outside, mask_on_grid
 from semantic_style.demo import model as paperland
-from semantic_style.demo import scenes, spin, standalone_spin
+from semantic_style.demo import scenes, spin, standalone, standalone_spin
 from semantic_style.demo.standalone_spin import NODES, Captions, MaskedLatent, WithSpin, sample_masked
 from semantic_style.demo.text import IT
 from semantic_style.demo.unet import UNetConfig, attention
@@ -17,6 +21,7 @@ from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 from semantic_style.samplers.embedding import Settings
 from semantic_style.samplers.injection import Injection
 
+GRAPHS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 LEARNING = {"tokens": 2, "steps": 3, "learning_rate": 0.1, "batch": 2, "seed": 7}
 
 
@@ -184,3 +189,36 @@ def test_what_runs_in_comfyui_only_is_refused(small: paperland.Paperland) -> Non
     with pytest.raises(ValueError, match="'ddim' runs in ComfyUI only"):
         NODES["KSamplerSelect"](silent, "ddim")
     assert standalone_spin.starting_noise(silent, 5) == (5,)
+
+
+@pytest.mark.parametrize("name", ["spin_insert", "spin_insert_text", "spin_with_scsa"])
+def test_every_demo_form_can_be_run_without_comfyui(name: str) -> None:
+    graph = json.loads((GRAPHS / f"{name}.json").read_text(encoding="utf-8"))
+    for number, node in graph.items():
+        assert node["class_type"] in standalone.NODES, f"node {number}"
+        inspect.signature(standalone.NODES[node["class_type"]]).bind(None, **node["inputs"])
+
+
+def test_a_graph_says_what_it_has_learnt(small: paperland.Paperland, monkeypatch: pytest.MonkeyPatch) -> None:
+    """spin_insert_text with a few steps: its pictures are the graph's, and the words change the inside only."""
+    monkeypatch.setattr(standalone, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(paperland, "load", lambda **options: small)
+    graph = json.loads((GRAPHS / "spin_insert_text.json").read_text(encoding="utf-8"))
+    for node in graph.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = 2
+    # The subject is found by the trained model only.
+    (find,) = (n for n, node in graph.items() if node["class_type"] == "SemanticStyleSaliency")
+    (reference,) = (n for n, node in graph.items() if node["_meta"]["title"] == "Draw the reference")
+    (learn,) = (node for node in graph.values() if node["class_type"] == "SemanticStyleSpinEmbedding")
+    learn["inputs"]["saliency"] = [reference, 4]
+    del graph[find]
+    made = {label: np.asarray(picture).astype(int) for label, picture in standalone.run_graph(graph)}
+    assert list(made) == ["Reference", "Background", "As learnt", "Green, said once", "Green, said twice"]
+    (mask,) = (node["inputs"] for node in graph.values() if node["_meta"]["title"] == "Draw the mask")
+    drawn_mask = scenes.chosen(mask["only"], mask["layout_seed"], mask["style_seed"])
+    outside = scenes.object_mask(drawn_mask.labels)[0].numpy() == 0
+    ways = [made[way] for way in list(made)[2:]]
+    for one, other in itertools.combinations([made["Background"], *ways], 2):
+        assert np.array_equal(one[outside], other[outside])
+        assert (one != other).any()
