@@ -159,6 +159,7 @@ class Painting:
         style: weight of the style energy, 0 for none.
         start, end: the part of the run in which it acts.
         everywhere: the reference's tokens go to the whole picture and not to the mask only.
+        free: nothing holds the background, the whole picture is made anew.
     """
 
     steps: int = 20
@@ -167,6 +168,7 @@ class Painting:
     start: float = 0.0
     end: float = 1.0
     everywhere: bool = False
+    free: bool = False
 
 
 def paint(
@@ -199,6 +201,8 @@ def paint(
     else:
         guided = model.guided(positive, negative, painting.cfg, options)
     x = noise * (1 + sigmas[0] ** 2).sqrt()
+    if painting.free:
+        return paperland.decode_pixels(dpm_solver_2m(guided, x, sigmas))
     out = dpm_solver_2m(Inpainting(guided, clean, noise, touched), x, sigmas)
     return keep_outside(paperland.decode_pixels(out), images, masks)
 
@@ -247,6 +251,13 @@ def distance_to_surroundings(images: Tensor, cases: Sequence[Case]) -> Tensor:
     masks, subjects = (torch.cat([getattr(c, name) for c in cases]).long() for name in ("mask", "subject"))
     references = torch.cat([c.reference.images for c in cases])
     return measure.style_distance(images, masks, references, 1 - subjects, 2).both[:, 1]
+
+
+def distance_outside(images: Tensor, cases: Sequence[Case]) -> Tensor:
+    """Distance [B], as `Figures.identity`, of what is outside the masks to the backgrounds there."""
+    outside = 1 - torch.cat([c.mask for c in cases]).long()
+    backgrounds = torch.cat([c.background.images for c in cases])
+    return measure.style_distance(images, outside, backgrounds, outside, 2).both[:, 1]
 
 
 def edge_contrast(images: Tensor, masks: Tensor) -> Tensor:

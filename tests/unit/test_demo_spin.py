@@ -104,12 +104,20 @@ def test_each_way_makes_another_picture(untrained: paperland.Paperland) -> None:
         "background's caption": spin.paint(untrained, case, None, Painting(3), [1]),
         "in the mask": spin.paint(untrained, case, words, Painting(3), [1]),
         "everywhere": spin.paint(untrained, case, words, Painting(3, everywhere=True), [1]),
+        "free": spin.paint(untrained, case, words, Painting(3, free=True), [1]),
         "with style energy": spin.paint(untrained, case, words, Painting(3, style=3.0), [1]),
     }
     pictures = list(ways.values())
     for i, one in enumerate(pictures):
         for other in pictures[i + 1 :]:
             assert (one - other).abs().max() > 1e-3
+
+
+def test_the_outside_of_the_background_itself_is_at_no_distance() -> None:
+    cases = [spin.case("sun", 2), spin.case("mountain", 3)]
+    backgrounds = torch.cat([c.background.images for c in cases])
+    assert spin.distance_outside(backgrounds, cases).tolist() == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert (spin.distance_outside(backgrounds.flip(0), cases) > 0.2).all(), "another scene"
 
 
 def test_a_subject_is_learnt_from_the_class_word(untrained: paperland.Paperland) -> None:

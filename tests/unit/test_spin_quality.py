@@ -40,6 +40,9 @@ def test_all_ways_of_a_batch_are_measured(tmp_path: Path) -> None:
     gain = report["closer_by"]["no style energy against class word, identity"]
     expected = figures["class word"]["identity"][0] - figures["no style energy"]["identity"][0]
     assert gain["mean"] == pytest.approx(expected)
+    made = spin_quality.free(small, range(4, 6), settings)
+    assert set(made) == {"into the mask", "into the whole picture", "not at all"}
+    assert made["into the mask"] != made["into the whole picture"] != made["not at all"]
     table = spin_quality.table(report)
     assert f"| ideal | {figures['ideal']['color'][0]:.3f}" in table
     sheet = spin_quality.grid([found, found])
