@@ -1,6 +1,6 @@
 """Spin's speed as a whole: learning a word, then sampling with the injection. Both alone have more options.
 
-    python tools/run.py benchmarks.spin [--threads N] [--models paperland sd15]
+python tools/run.py benchmarks.spin [--threads N] [--models paperland sd15]
 """
 
 import argparse

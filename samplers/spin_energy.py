@@ -24,9 +24,9 @@ from ..attention.masks import as_mask, check_partial, mask_on_grid
 from .features import STAGES, Features
 from .guidance import Frames, Term
 
-# As Semantix's published style weight; inside the mask its gradient is of the same size (on the demo model about 0.08
-# of the noise prediction). At 10 colours turn garish there.
-DEFAULT_WEIGHT = 3.0
+# Gentle on the demo model. At 3, where its gradient inside the mask is as large as that of Semantix's published style
+# weight (about 0.08 of the noise prediction), the subject's own colours give way; at 10 they turn garish.
+DEFAULT_WEIGHT = 1.0
 
 
 @dataclass(frozen=True, eq=False)
