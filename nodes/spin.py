@@ -65,9 +65,7 @@ class ApplySpin(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For any sampler, at the mask's proportions."),
-                io.Conditioning.Output(
-                    display_name="positive", tooltip="The background's prompt, for the sampler."
-                ),
+                io.Conditioning.Output(display_name="positive", tooltip="The background's prompt, for the sampler."),
             ],
         )
 
