@@ -56,6 +56,26 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return HostlessModule.from_parent(parent, path=module_path)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """More threads than idle cores make small layers many times slower."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def as_the_host_runs_nodes() -> Iterator[None]:
+    """In inference mode."""
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="session")
 def comfy_server(host_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """One running ComfyUI with the pack in it, as a `semantic_style.demo.server.Server`."""

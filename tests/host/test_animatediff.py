@@ -27,27 +27,14 @@ from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, Replay
 from semantic_style.nodes.semantix import KSampler
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 FOLDER = "comfyui-animatediff-evolved"
 FRAMES, STEPS, CFG = 6, 3, 3.5
 WIDTHS = (32, 64, 128, 128)  # of small_sd15's levels
 PE_LENGTH = 32  # what marks a module of the third version
 SD15_SCALE = 0.18215
 POSITIVE, NEGATIVE = conditioning(1), conditioning(2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """More threads than idle cores make such small layers many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

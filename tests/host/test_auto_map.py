@@ -17,22 +17,10 @@ from semantic_style.host.small_model import unet_model
 from semantic_style.nodes.auto_map import AutoMap
 from semantic_style.samplers.features import FeatureTap, feature_blocks
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 EMPTY, OTHER = conditioning(3), conditioning(4)
 SIZE = (16, 8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,22 +16,10 @@ from semantic_style.host.replay import ReplayNoise, ReplaySampler
 from semantic_style.samplers.features import feature_blocks
 from semantic_style.samplers.guidance import LIMIT, Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 POSITIVE, NEGATIVE, EMPTY = conditioning(1), conditioning(2), conditioning(3)
 STEPS, CFG = 4, 3.5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,26 +23,13 @@ from semantic_style.samplers.features import feature_blocks
 
 from nodes import common_ksampler
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 POSITIVE, NEGATIVE = conditioning(1), conditioning(2)
 SIGMA = 1.3
 CPU = torch.device("cpu")
 ATTENTION = "diffusion_model.output_blocks.5.1.transformer_blocks.0.attn1.to_q.weight"
 CONVOLUTION = "diffusion_model.input_blocks.1.0.in_layers.2.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """More threads than idle cores make such small layers many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,24 +11,11 @@ from semantic_style.benchmarks.models import conditioning, small_sd15
 from semantic_style.host.inversion import make_sigmas
 from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 POSITIVE, NEGATIVE, OTHER = conditioning(1), conditioning(2), conditioning(3)
 CFG = 3.5
 SD15_SCALE = 0.18215
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """More threads than idle cores make such small layers many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

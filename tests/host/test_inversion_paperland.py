@@ -7,19 +7,15 @@ from semantic_style.nodes.adain import AdaIN, MapFromLabels
 from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
 from semantic_style.nodes.paperland import DrawScene, EncodeCaption, LoadPaperland
 
+pytestmark = pytest.mark.usefixtures("as_the_host_runs_nodes")
+
 CFG = 3.5
 SIZE = 64
 
 
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
-
-
 def scene(layout, style, precision="fp32"):
     model, clip, vae = LoadPaperland.execute(precision).args
-    image, labels, caption, _ = DrawScene.execute(layout, style, SIZE, SIZE).args
+    image, labels, caption, *_ = DrawScene.execute(layout, style, SIZE, SIZE).args
     positive, negative = (EncodeCaption.execute(clip, words).args[0] for words in (caption, ""))
     return model, vae, image, labels, positive, negative
 

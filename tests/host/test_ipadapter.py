@@ -19,25 +19,13 @@ from semantic_style.host.replay import ReplayNoise, ReplaySampler
 from semantic_style.host.spin import apply_spin, spin_energy
 from semantic_style.samplers.injection import injection_layers
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 FOLDER = "comfyui_ipadapter_plus"
 POSITIVE, NEGATIVE, REFERENCE = conditioning(1), conditioning(2), conditioning(4, tokens=11)
 CFG, STEPS, SIZE = 3.5, 2, (16, 8)
 PICTURE = 48  # channels of what the adapter is told of its picture
 TOKENS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,21 +15,9 @@ from semantic_style.host.pseudo_words import KEY, make_prompt
 from semantic_style.nodes.paperland import EncodeCaption, LoadPaperland
 from semantic_style.samplers.embedding_file import SUFFIX, save_embedding
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 KINDS = ("sd1", "sd2", "sdxl")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -32,23 +32,11 @@ from semantic_style.nodes.scsa import ApplySCSA, parse_blocks
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 from semantic_style.samplers.scsa import Scsa, self_attention_layers, transformer_block
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 POSITIVE, NEGATIVE, EMPTY = conditioning(1), conditioning(2), conditioning(3)
 STEPS, CFG, SIZE = 2, 3.5, (16, 8)
 SD15_SCALE = 0.18215
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

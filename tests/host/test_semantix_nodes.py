@@ -17,6 +17,8 @@ from semantic_style.samplers.guidance import Energy
 from semantic_style.samplers.replay import replay
 from semantic_style.samplers.step_adain import StepAdaIN
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 PROMPT, EMPTY = conditioning(1), conditioning(2)
 CFG, STEPS = 3.5, 4
 SD15_SCALE = 0.18215
@@ -24,21 +26,6 @@ SETTINGS = {"cfg": CFG, "weights": AS_SET}
 WEIGHTS = {"style_weight": 3.0, "spatial_weight": 0.9, "semantic_weight": 1.0, "position_weight": 3.0}
 MIDDLE = {"start_percent": 0.2, "end_percent": 0.7}
 NO_WEIGHTS = dict.fromkeys(WEIGHTS, 0.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """More threads than idle cores make such small layers many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

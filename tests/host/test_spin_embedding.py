@@ -23,21 +23,9 @@ from semantic_style.nodes.embedding import SpinEmbedding
 from semantic_style.nodes.paperland import LoadPaperland
 from semantic_style.samplers.embedding import Settings
 
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
 FAST = Settings(steps=6, learning_rate=5e-3, checks=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _as_the_host_runs_nodes():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(autouse=True)
