@@ -289,9 +289,7 @@ def main() -> None:
     (arguments.out / "spin_table.md").write_text(table(report), encoding="utf-8")
     grid(found).save(arguments.out / "spin_grid.png", optimize=True)
     print(table(report))
-    print(
-        json.dumps({k: report[k] for k in ("diversity", "least_diversity", "masked_loss_falls_by", "leak")}, indent=1)
-    )
+    print(json.dumps({name: report[name] for name in ALSO}, indent=1))
 
 
 if __name__ == "__main__":
