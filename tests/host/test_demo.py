@@ -11,7 +11,7 @@ from semantic_style.demo.client import Graph, Progress
 SAME = 1.0
 STEPS = 6
 # Guided from here on: at high noise, where a place's match is anyone's guess, guidance amplifies rounding until two
-# kinds of processor differ by levels; in the last third all of them agree.
+# kinds of processor differ by levels; in the last third those that were tried agree.
 GUIDED_FROM = 2 / 3
 GUIDING = ("SemanticStyleKSampler", "SemanticStyleSpinStyleEnergy")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +81,3 @@ def test_turning_a_number_runs_no_inversion_again(comfy_client: Client) -> None:
     assert not {"Invert the four", "AdaIN per region"} & titles
     # Nor the map's pictures: the node itself has no steps to report.
     assert not any(p.title == "SCSA" and p.maximum for p in seen)
-
-
-@pytest.mark.parametrize("name", ["scsa_colors_sd15", "scsa_auto_sd15", "scsa_semantix_sd15"])
-def test_an_sd15_graph_lacks_nothing_but_its_files(comfy_server, name: str) -> None:
-    graph = load(name)
-    asked = {"CheckpointLoaderSimple": {"ckpt_name"}, "LoadImage": {"image"}}
-    expected = {n: asked[node["class_type"]] for n, node in graph.items() if node["class_type"] in asked}
-    body = json.dumps({"prompt": graph}).encode()
-    address = f"http://{comfy_server.address}/prompt"
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=30)
-    errors = json.load(refused.value)["node_errors"]
-    missing = {n: {e["extra_info"].get("input_name", "") for e in entry["errors"]} for n, entry in errors.items()}
-    assert missing == expected

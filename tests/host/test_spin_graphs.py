@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +133,3 @@ def test_the_whole_is_restyled_after_the_insertion(comfy_client: Client) -> None
 
     assert distance(found["Restyled"]) < 0.75 * distance(found["Painted in"])
     assert "Regions" in found
-
-
-@pytest.mark.parametrize("name", ["spin_insert_sd15", "spin_insert_text_sd15", "spin_with_scsa_sd15"])
-def test_an_sd15_graph_lacks_nothing_but_its_files(comfy_server, name: str) -> None:
-    graph = load(name)
-    asked = {"CheckpointLoaderSimple": {"ckpt_name"}, "LoadImage": {"image"}}
-    expected = {n: asked[node["class_type"]] for n, node in graph.items() if node["class_type"] in asked}
-    body = json.dumps({"prompt": graph}).encode()
-    address = f"http://{comfy_server.address}/prompt"
-    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=30)
-    errors = json.load(refused.value)["node_errors"]
-    missing = {n: {e["extra_info"].get("input_name", "") for e in entry["errors"]} for n, entry in errors.items()}
-    assert missing == expected

@@ -24,7 +24,7 @@ API = ROOT / "workflows" / "api"
 SECONDS = 400
 # SaveImage cuts to 8 bits, so that a value and its equal up to rounding may be a level apart.
 ONE_LEVEL = 1.01 / 255
-SD15 = ("invert_and_reconstruct_sd15", "adain_sd15", "semantix_image_sd15", "semantix_video_sd15")
+SD15 = tuple(sorted(path.stem for path in API.glob("*_sd15.json")))
 PHOTOS = ("10.jpg", "10_paint.jpg")
 
 Pictures = dict[str, np.ndarray]
