@@ -1,6 +1,6 @@
 """Which position code makes semantic matches better: label transfer between Paperland scenes.
 
-    python tools/run.py benchmarks.position_code [--weights demo/weights/paperland.safetensors] [--pairs 100]
+    python tools/run.py benchmarks.position_code [--weights paperland/weights/paperland.safetensors] [--pairs 100]
 
 Every place of a scene takes the region label of its match (`samplers.matching.find_matches`) in another scene; right is
 its own true label. Period sets and weights are compared on one set of scene pairs and reported on another. Writes
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..attention.regions import resample_labels
-from ..demo.evaluate import drawn, features
-from ..demo.model import WEIGHTS, Paperland, load
-from ..demo.scenes import REGIONS, Scenes, label_image
 from ..demo.sheet import Row, save_sheet
+from ..paperland.evaluate import drawn, features
+from ..paperland.model import WEIGHTS, Paperland, load
+from ..paperland.scenes import REGIONS, Scenes, label_image
+from ..regions.semantic_map import resample_labels
 from ..samplers.matching import find_matches
 from ..samplers.position import DEFAULT_PERIODS
 

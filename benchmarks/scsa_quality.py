@@ -22,18 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.adain import adain_latents
-from ..attention.clustering import cluster, joint_vectors
-from ..attention.regions import SemanticMap, resample_labels
-from ..attention.scsa import Settings
-from ..demo import model as paperland
-from ..demo import scenes
-from ..demo.agreement import agreement
-from ..demo.model import Paperland
-from ..demo.scsa import Pictures, Read, ScsaDenoiser, invert
-from ..samplers.features import FeatureTap, feature_blocks
+from ..attention.layers import feature_blocks
+from ..attention.scsa_attention import Settings
+from ..paperland import model as paperland
+from ..paperland import scenes
+from ..paperland.model import Paperland
+from ..regions.adain import adain_latents
+from ..regions.clustering import cluster, joint_vectors
+from ..regions.semantic_map import SemanticMap, resample_labels
+from ..samplers.features import FeatureTap
 from ..samplers.inversion import Inversion
 from ..samplers.replay import replay
+from .agreement import agreement
+from .scsa_denoiser import Pictures, Read, ScsaDenoiser, invert
 from .semantix_quality import FIGURES, FIRST_SEED, Judge, Pairs, batch_file, batches, mean_and_error, pairs_of
 
 SKIP = 1

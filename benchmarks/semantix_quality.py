@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.regions import SemanticMap
-from ..demo import measure, scenes
-from ..demo import model as paperland
-from ..demo.guided import EnergyGuided, Seen
-from ..demo.model import Paperland
-from ..demo.scenes import Scenes
+from ..paperland import model as paperland
+from ..paperland import scenes
+from ..paperland.model import Paperland
+from ..paperland.scenes import Scenes
+from ..regions.semantic_map import SemanticMap
 from ..samplers.ddpm_inversion import ddpm_inversion
 from ..samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 from ..samplers.inversion import Inversion
 from ..samplers.replay import replay
 from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
+from . import measure
+from .guided import EnergyGuided, Seen
 
 PUBLISHED = (3.0, 0.9, 1.0, 3.0)
 CFG = 3.5

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..demo import model as paperland
-from ..demo import spin
-from ..demo.model import Paperland
-from ..demo.spin import KINDS, Case, Painting
-from ..demo.text import IT
-from ..samplers.embedding import Settings
+from ..paperland import model as paperland
+from ..paperland.model import Paperland
+from ..paperland.text import IT
+from ..samplers.word_learning import Settings
+from . import spin_cases as spin
+from .spin_cases import KINDS, Case, Painting
 from .workers import Work, add_arguments, mean_and_error, run_batches
 
 FIRST_SEED = 1_334_567_890  # training draws from seeds far below

@@ -8,7 +8,7 @@ import comfy.sdxl_clip
 import comfy.text_encoders.sd2_clip
 import torch
 
-from .models import CONTEXT
+from .random_models import CONTEXT
 
 SPREAD = 0.02  # of CLIP's token vectors
 # SDXL's conditioning is the two encoders' side by side; the second one's width is that of the pooled vector.

@@ -1,2 +1,1 @@
-"""Paperland: a drawn world with exact region labels and a small diffusion model trained on it, to see and to measure
-the pack with."""
+"""What `make demo` runs: the demo graphs, and the contact sheet of what they make."""

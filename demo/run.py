@@ -1,6 +1,6 @@
 """The demo: every graph in `GRAPHS` through a headless ComfyUI, the pictures and a contact sheet into output/.
 
-Run it with `make demo`. Where there is no ComfyUI the same sheet is made without it, see standalone.py.
+Run it with `make demo`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
-from . import locate
-from .client import Client, Graph, GraphError, GraphInterrupted, Progress, ServerGoneError, node_title
-from .progress import ProgressBar
-from .server import ServerError, comfy_server
+from ..runner import locate
+from ..runner.client import Client, Graph, GraphError, GraphInterrupted, Progress, ServerGoneError, node_title
+from ..runner.launch import ServerError, comfy_server
 from .sheet import Row, frames, save_sheet
 
 ROOT = Path(__file__).absolute().parent.parent
@@ -62,15 +62,16 @@ GRAPHS = (
 )
 
 
-def run_with_host(host: Path, output: Path) -> list[Row]:
+def run_graphs(host: Path, output: Path) -> list[Row]:
     """Run the graphs in the ComfyUI in folder `host`; gives back the rows of the sheet."""
     log = output / "comfyui.log"
     print(f"Starting ComfyUI ({host}); its log is {log}", flush=True)
     rows = []
     with comfy_server(host, ROOT, log=log) as server, Client(server.address) as client:
         for graph in GRAPHS:
-            with ProgressBar(graph.name) as bar:
+            with tqdm(total=100, desc=graph.name, bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
                 rows.append(Row(graph.caption, run_graph(client, graph.load(), _shown_on(bar))))
+                bar.update(bar.total - bar.n)
     return rows
 
 
@@ -80,17 +81,6 @@ def run_graph(
     """The pictures that a graph makes in ComfyUI, with the titles of the nodes that show them, in order of node ids."""
     images = client.images(client.run(graph, progress=progress, timeout=GRAPH_SECONDS))
     return [(node_title(graph, node), image) for node in sorted(images, key=int) for image in images[node]]
-
-
-def run_without_host() -> list[Row]:
-    """The same rows by the pure PyTorch core."""
-    from . import standalone
-
-    rows = []
-    for graph in GRAPHS:
-        with ProgressBar(graph.name) as bar:
-            rows.append(Row(graph.caption, standalone.run_graph(graph.load(), _shown_on(bar))))
-    return rows
 
 
 def save(rows: Sequence[Row], output: Path) -> Path:
@@ -118,12 +108,11 @@ def main() -> int:
     output = ROOT / "output"
     output.mkdir(exist_ok=True)
     host = locate.find_host(ROOT)
+    if host is None:
+        print(f"The demo needs ComfyUI: {locate.NO_HOST}. `make setup` brings one", file=sys.stderr)
+        return 1
     try:
-        if host is None:
-            print(f"Without ComfyUI ({locate.why_no_host()}): the same pictures by PyTorch alone", flush=True)
-            rows = run_without_host()
-        else:
-            rows = run_with_host(host, output)
+        rows = run_graphs(host, output)
     except (ServerError, ServerGoneError, GraphError, GraphInterrupted, TimeoutError) as error:
         print(f"The demo failed: {error}\nComfyUI's log: {output / 'comfyui.log'}", file=sys.stderr)
         return 1
@@ -135,10 +124,11 @@ def main() -> int:
     return 0
 
 
-def _shown_on(bar: ProgressBar) -> Callable[[Progress], None]:
+def _shown_on(bar: tqdm) -> Callable[[Progress], None]:
     def show(progress: Progress) -> None:
         steps = f" {progress.value}/{progress.maximum}" if progress.maximum else ""
-        bar.update(progress.fraction, progress.title + steps)
+        bar.set_postfix_str(progress.title + steps, refresh=False)
+        bar.update(round(100 * progress.fraction) - bar.n)
 
     return show
 

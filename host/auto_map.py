@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..attention.clustering import Clustering, check_regions, cluster, joint_vectors
-from ..attention.regions import SemanticMap
-from ..samplers.features import Features, feature_blocks
+from ..attention.layers import feature_blocks
+from ..regions.clustering import Clustering, check_regions, cluster, joint_vectors
+from ..regions.semantic_map import SemanticMap
+from ..samplers.features import Features
 from ..samplers.inversion import Inversion
 from .models import check_invertible, check_same, identify
 from .reading import MIDDLE_SIGMA, Look, check_sigma, read_features

@@ -12,7 +12,7 @@ from torch import Tensor
 # responsive.
 GPU_PLACES = 16 * 64 * 64
 MAX_LEVELS = 16
-# On a CPU a bigger batch pays only while one image leaves the cores idle, and costs cache; see benchmarks/inversion.py.
+# On a CPU a bigger batch pays only while one image leaves the cores idle, and costs cache (benchmarks/inversion_speed).
 CPU_PLACES = 2 * 32 * 32
 # The host's own safety factor on its estimate of a model call's memory.
 MEMORY_MARGIN = 1.5

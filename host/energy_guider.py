@@ -13,7 +13,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..samplers.features import FeatureTap, cross_attention_layers, feature_blocks
+from ..attention.layers import cross_attention_layers, feature_blocks
+from ..samplers.features import FeatureTap
 from ..samplers.guidance import (
     Energy,
     GuidanceReport,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..samplers.embedding_file import SUFFIX, save_embedding
+from ..files.embedding_file import SUFFIX, save_embedding
 from .inference_tensors import OrdinaryOperands
 from .small_model import KEY, SmallTextModel
 

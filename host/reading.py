@@ -12,7 +12,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..samplers.features import Features, FeatureTap, feature_blocks
+from ..attention.layers import feature_blocks
+from ..samplers.features import Features, FeatureTap
 from ..samplers.guidance import NOT_SEEN
 from .references import REFERENCE, stream_conds
 

@@ -20,7 +20,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..samplers.features import Attend, Features, FeatureTap, Layer
+from ..attention.layers import Attend, Layer
+from ..samplers.features import Features, FeatureTap
 from ..samplers.guidance import NOT_SEEN, Frames, Key, Stream
 from ..samplers.inversion import Inversion
 from .batching import fits

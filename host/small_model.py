@@ -16,7 +16,7 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
-from ..samplers.embedding_file import take_embeddings
+from ..files.embedding_file import take_embeddings
 
 KEY = "emb_params"  # of embeddings in files
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -4,7 +4,39 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import adain, auto_map, embedding, inversion, maps, paperland, saliency, scsa, semantix, spin, video
+from . import (
+    nodes_adain as adain,
+)
+from . import (
+    nodes_auto_map as auto_map,
+)
+from . import (
+    nodes_embedding as embedding,
+)
+from . import (
+    nodes_inversion as inversion,
+)
+from . import (
+    nodes_maps as maps,
+)
+from . import (
+    nodes_paperland as paperland,
+)
+from . import (
+    nodes_saliency as saliency,
+)
+from . import (
+    nodes_scsa as scsa,
+)
+from . import (
+    nodes_semantix as semantix,
+)
+from . import (
+    nodes_spin as spin,
+)
+from . import (
+    nodes_video as video,
+)
 
 # Imported plainly, never in a try: a family that fails to import fails the pack, so that a test notices it and not a
 # user who looks for a node that is silently missing.

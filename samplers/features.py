@@ -8,62 +8,15 @@ those of the blocks that lead to it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
 
 import torch
 from einops import rearrange, reduce
-from torch import Tensor, nn
+from torch import Tensor
 
-STAGES = 2
+from ..attention.layers import Attend, Layer, Options
+
 # In a call's options: the forward is a gradient checkpoint's second one, what hooks record is known already.
 RECOMPUTE = "semantic_style_recompute"
-
-Options: TypeAlias = dict[str, Any]
-# `attend(q, k, v, heads, attn_precision=..., transformer_options=...)`, q [R, N, heads*d], k and v [R, M, heads*d].
-Attend: TypeAlias = Callable[..., Tensor]
-Layer: TypeAlias = tuple[str, int, int]
-
-
-def feature_blocks(unet: nn.Module) -> tuple[int, ...]:
-    """Indices of the decoder blocks that the last two upsampling layers feed, coarse to fine.
-
-    Raises:
-        ValueError: the network has no numbered decoder blocks or too few upsampling layers.
-    """
-    fed = _fed_blocks(unet)
-    if len(fed) < STAGES:
-        raise ValueError(f"{type(unet).__name__} has {len(fed)} upsampling layers in its decoder, {STAGES} are needed")
-    return tuple(fed[-STAGES:])
-
-
-def cross_attention_layers(unet: nn.Module) -> tuple[tuple[Layer, ...], ...]:
-    """For each feature stage the cross-attention layers ("output", block, index) of the blocks that lead to it: from
-    the upsampling layer before it (or the first decoder block) up to its own.
-
-    Raises:
-        ValueError: as `feature_blocks`.
-    """
-    stages = feature_blocks(unet)
-    fed = [0, *_fed_blocks(unet)]
-    return tuple(
-        tuple(
-            ("output", i, j)
-            for i in range(max(b for b in fed if b < stage), stage)
-            for layer in unet.output_blocks[i]
-            for j in range(len(getattr(layer, "transformer_blocks", ())))
-        )
-        for stage in stages
-    )
-
-
-def _fed_blocks(unet: nn.Module) -> list[int]:
-    blocks = getattr(unet, "output_blocks", None)
-    if blocks is None:
-        raise ValueError(
-            f"{type(unet).__name__} has no decoder blocks (`output_blocks`): "
-            "a UNet such as SD1.x, SD2.x or SDXL is needed"
-        )
-    return [i + 1 for i, block in enumerate(blocks) if any(type(layer).__name__ == "Upsample" for layer in block)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from ..attention.regions import SemanticMap
+from ..regions.semantic_map import SemanticMap
 from .energies import semantic_distance, spatial_feature_energy, style_feature_energy
 from .features import Features, FeatureTap
 from .inversion import Inversion

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..attention.regions import SemanticMap
+from ..regions.semantic_map import SemanticMap
 from .energies import check_features, unit
 from .position import DEFAULT_PERIODS, position_code
 

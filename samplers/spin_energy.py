@@ -19,9 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..attention.adain import EPS, MIN_PLACES
-from ..attention.masks import as_mask, check_partial, mask_on_grid
-from .features import STAGES, Features
+from ..attention.layers import STAGES
+from ..regions.adain import EPS, MIN_PLACES
+from ..regions.masks import as_mask, check_partial, mask_on_grid
+from .features import Features
 from .guidance import Frames, Term
 
 # Gentle on the demo model. At 3, where its gradient inside the mask is as large as that of Semantix's published style

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..attention.adain import adain_latents
-from ..attention.regions import SemanticMap
+from ..regions.adain import adain_latents
+from ..regions.semantic_map import SemanticMap
 from .inversion import Inversion
 
 PUBLISHED_START = 1 / 3

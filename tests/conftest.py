@@ -30,7 +30,7 @@ def _load_pack() -> None:
 
 _load_pack()
 
-from semantic_style.demo import locate  # noqa: E402
+from semantic_style.runner import locate  # noqa: E402
 
 
 @pytest.fixture(scope="session")

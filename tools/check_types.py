@@ -9,7 +9,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("attention", "benchmarks", "demo", "host", "nodes", "samplers")
+PARTS = (
+    *("attention", "benchmarks", "demo", "files", "host", "nodes", "paperland", "pictures", "regions", "runner"),
+    "samplers",
+)
 
 
 def main() -> int:

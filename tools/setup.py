@@ -3,7 +3,7 @@
     python3 tools/setup.py [--retry-host] [-- ARGUMENTS FOR THE ENVIRONMENT'S PYTHON]
 
 Standard library only, any Python from 3.10 on. It makes a virtual environment (.venv, or $SEMANTIC_STYLE_VENV), finds
-ComfyUI (see demo/locate.py) or installs it with comfy-cli, and installs the dependencies of both the pack and
+ComfyUI (see runner/locate.py) or installs it with comfy-cli, and installs the dependencies of both the pack and
 ComfyUI. ComfyUI's own environment is never touched: the pack's environment gets ComfyUI's requirements, too.
 
 A later call compares a stamp and does nothing more. An attempt to install ComfyUI that failed is written down as well
@@ -50,8 +50,8 @@ def say(text: str) -> None:
 
 
 def load_locate() -> ModuleType:
-    """demo/locate.py as a module, without the package around it, which needs torch."""
-    spec = importlib.util.spec_from_file_location("locate", ROOT / "demo" / "locate.py")
+    """runner/locate.py as a module, without the package around it, which needs torch."""
+    spec = importlib.util.spec_from_file_location("locate", ROOT / "runner" / "locate.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

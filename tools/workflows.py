@@ -214,10 +214,10 @@ def asks_for_files(api: Graph) -> bool:
 
 def make(names: list[str], views: Path | None, run: bool) -> None:
     load_pack()
-    from semantic_style.demo import locate
-    from semantic_style.demo.client import Client
     from semantic_style.demo.run import run_graph
-    from semantic_style.demo.server import comfy_server
+    from semantic_style.runner import locate
+    from semantic_style.runner.client import Client
+    from semantic_style.runner.launch import comfy_server
 
     host = locate.find_host(ROOT)
     if host is None:

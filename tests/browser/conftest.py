@@ -37,7 +37,7 @@ def address(frontend_tool: ModuleType, host_folder: Path) -> Iterator[str]:
 
     $SEMANTIC_STYLE_FRONTEND may name the `static` folder of another version of comfyui-frontend-package.
     """
-    from semantic_style.demo.server import comfy_server
+    from semantic_style.runner.launch import comfy_server
 
     other = os.environ.get("SEMANTIC_STYLE_FRONTEND")
     with comfy_server(host_folder, ROOT, arguments=["--front-end-root", other] if other else []) as server:

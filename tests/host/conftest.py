@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from semantic_style.demo import locate
+from semantic_style.runner import locate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,8 +78,8 @@ def as_the_host_runs_nodes() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def comfy_server(host_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """One running ComfyUI with the pack in it, as a `semantic_style.demo.server.Server`."""
-    from semantic_style.demo.server import comfy_server
+    """One running ComfyUI with the pack in it, as a `semantic_style.runner.launch.Server`."""
+    from semantic_style.runner.launch import comfy_server
 
     log = tmp_path_factory.mktemp("server") / "comfyui.log"
     with comfy_server(host_folder, ROOT, log=log) as server:
@@ -88,8 +88,8 @@ def comfy_server(host_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def comfy_client(comfy_server) -> Iterator:
-    """A `semantic_style.demo.client.Client` connected to `comfy_server`."""
-    from semantic_style.demo.client import Client
+    """A `semantic_style.runner.client.Client` connected to `comfy_server`."""
+    from semantic_style.runner.client import Client
 
     with Client(comfy_server.address) as client:
         yield client

@@ -16,15 +16,15 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.attention.scsa import Settings
-from semantic_style.benchmarks.models import conditioning, small_sd15
+from semantic_style.attention.scsa_attention import Settings
+from semantic_style.benchmarks.random_models import conditioning, small_sd15
+from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
+from semantic_style.host.apply_spin import apply_spin
 from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.references import ReferenceCache
-from semantic_style.host.scsa import Patch, Pictures, apply_scsa
-from semantic_style.host.spin import apply_spin
-from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, Replay
-from semantic_style.nodes.semantix import KSampler
+from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, Replay
+from semantic_style.nodes.nodes_semantix import KSampler
+from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")

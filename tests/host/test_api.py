@@ -6,8 +6,8 @@ import threading
 import urllib.request
 
 import pytest
-from semantic_style.demo.client import Client, GraphError, GraphInterrupted, Progress, ServerGoneError
-from semantic_style.demo.server import free_port
+from semantic_style.runner.client import Client, GraphError, GraphInterrupted, Progress, ServerGoneError
+from semantic_style.runner.launch import free_port
 
 
 def stock_graph(colour: int = 0x4080C0) -> dict:

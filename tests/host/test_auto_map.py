@@ -6,16 +6,17 @@ import comfy.model_management
 import comfy.patcher_extension
 import pytest
 import torch
-from semantic_style.attention.clustering import cluster, joint_vectors
-from semantic_style.benchmarks.models import conditioning, small_sd15
-from semantic_style.demo import model as paperland
-from semantic_style.demo import scenes
-from semantic_style.demo.agreement import agreement
+from semantic_style.attention.layers import feature_blocks
+from semantic_style.benchmarks.agreement import agreement
+from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.auto_map import Request, auto_map
-from semantic_style.host.inversion import Task, invert_ddim
+from semantic_style.host.invert import Task, invert_ddim
 from semantic_style.host.small_model import unet_model
-from semantic_style.nodes.auto_map import AutoMap
-from semantic_style.samplers.features import FeatureTap, feature_blocks
+from semantic_style.nodes.nodes_auto_map import AutoMap
+from semantic_style.paperland import model as paperland
+from semantic_style.paperland import scenes
+from semantic_style.regions.clustering import cluster, joint_vectors
+from semantic_style.samplers.features import FeatureTap
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 

@@ -8,12 +8,12 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
-from semantic_style.benchmarks.models import conditioning, pooled_conditioning, small_sd15, small_sdxl
+from semantic_style.attention.layers import feature_blocks
+from semantic_style.benchmarks.random_models import conditioning, pooled_conditioning, small_sd15, small_sdxl
 from semantic_style.host.energy_guider import EnergyGuider, summary, why_nothing
-from semantic_style.host.inversion import Task, invert_ddpm
+from semantic_style.host.invert import Task, invert_ddpm
 from semantic_style.host.references import REFERENCE, ReferenceCache, digest
-from semantic_style.host.replay import ReplayNoise, ReplaySampler
-from semantic_style.samplers.features import feature_blocks
+from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.samplers.guidance import LIMIT, Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")

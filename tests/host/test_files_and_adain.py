@@ -5,10 +5,10 @@ import os
 import folder_paths
 import pytest
 import torch
-from semantic_style.attention.adain import adain
-from semantic_style.nodes.adain import AdaIN, MapFromLabels
-from semantic_style.nodes.files import LoadInversion, SaveInversion
+from semantic_style.nodes.nodes_adain import AdaIN, MapFromLabels
+from semantic_style.nodes.nodes_files import LoadInversion, SaveInversion
 from semantic_style.nodes.schema import schema
+from semantic_style.regions.adain import adain
 from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 
 

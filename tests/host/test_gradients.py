@@ -15,11 +15,11 @@ import comfy.ops
 import comfy.samplers
 import pytest
 import torch
-from semantic_style.benchmarks.models import conditioning, sd15_config, small_sd15
-from semantic_style.demo.unet import PaperlandUNet, UNetConfig
+from semantic_style.attention.layers import feature_blocks
+from semantic_style.benchmarks.random_models import conditioning, sd15_config, small_sd15
 from semantic_style.host.checkpointing import checkpointed
 from semantic_style.host.gradients import RECOMPUTE, constant_controls, differentiable, ordinary
-from semantic_style.samplers.features import feature_blocks
+from semantic_style.paperland.unet import PaperlandUNet, UNetConfig
 
 from nodes import common_ksampler
 

@@ -7,9 +7,9 @@ import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
-from semantic_style.benchmarks.models import conditioning, small_sd15
-from semantic_style.host.inversion import make_sigmas
-from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
+from semantic_style.benchmarks.random_models import conditioning, small_sd15
+from semantic_style.host.invert import make_sigmas
+from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -368,8 +368,8 @@ def test_an_inversion_too_big_for_the_device_is_streamed(model, monkeypatch):
     image = latent(1, 4, 8, 8)
     expected = ddpm(model, image, batch_steps=2)
     out = resample(model, expected, positive=OTHER)
-    monkeypatch.setattr("semantic_style.host.inversion.fits", lambda *_: False)
-    monkeypatch.setattr("semantic_style.host.replay.fits", lambda *_: False)
+    monkeypatch.setattr("semantic_style.host.invert.fits", lambda *_: False)
+    monkeypatch.setattr("semantic_style.host.replay_sampler.fits", lambda *_: False)
     assert torch.equal(ddpm(model, image, batch_steps=2).noise_maps, expected.noise_maps)
     assert torch.equal(resample(model, expected, positive=OTHER), out)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
-from semantic_style.nodes.adain import AdaIN, MapFromLabels
-from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
-from semantic_style.nodes.paperland import DrawScene, EncodeCaption, LoadPaperland
+from semantic_style.nodes.nodes_adain import AdaIN, MapFromLabels
+from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
+from semantic_style.nodes.nodes_paperland import DrawScene, EncodeCaption, LoadPaperland
 
 pytestmark = pytest.mark.usefixtures("as_the_host_runs_nodes")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import comfy.samplers
 import pytest
 import torch
-from semantic_style.benchmarks.models import CONTEXT, conditioning, small_sd15
+from semantic_style.attention.layers import all_cross_attention
+from semantic_style.benchmarks.random_models import CONTEXT, conditioning, small_sd15
+from semantic_style.host.apply_spin import apply_spin, spin_energy
 from semantic_style.host.energy_guider import EnergyGuider
-from semantic_style.host.inversion import Task, invert_ddpm
-from semantic_style.host.replay import ReplayNoise, ReplaySampler
-from semantic_style.host.spin import apply_spin, spin_energy
-from semantic_style.samplers.injection import injection_layers
+from semantic_style.host.invert import Task, invert_ddpm
+from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -54,7 +54,7 @@ def random(*shape, seed=0):
 
 def adapter(model):
     """Weights under the adapter's names, for layers in the order that it counts them in: encoder, decoder, middle."""
-    layers = injection_layers(model.model.diffusion_model)
+    layers = all_cross_attention(model.model.diffusion_model)
     weights = {}
     for part in ("input", "output", "middle"):
         for attn2 in (layers[layer] for layer in layers if layer[0] == part):

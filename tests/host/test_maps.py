@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.nodes.maps import MapFromColors, MapFromMasks, PreviewMap
+from semantic_style.nodes.nodes_maps import MapFromColors, MapFromMasks, PreviewMap
+from semantic_style.regions.semantic_map import SemanticMap
 
 RED, BLUE, GREEN = (torch.tensor(color) for color in ((1.0, 0, 0), (0, 0, 1.0), (0, 1.0, 0)))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux, ModelSamplingSD3
-from semantic_style.benchmarks.models import small_sd15
+from semantic_style.benchmarks.random_models import small_sd15
 from semantic_style.host.models import check_invertible, check_same, identify
 
 

@@ -3,9 +3,9 @@
 import numpy
 import pytest
 import torch
-from semantic_style.demo import model as paperland
-from semantic_style.demo import scenes
-from semantic_style.nodes.paperland import DrawClip, DrawScene, EmptyLatent, EncodeCaption, LoadPaperland
+from semantic_style.nodes.nodes_paperland import DrawClip, DrawScene, EmptyLatent, EncodeCaption, LoadPaperland
+from semantic_style.paperland import model as paperland
+from semantic_style.paperland import scenes
 
 CAPTION = "blue and blue shaded sky, orange and orange shaded hill"
 

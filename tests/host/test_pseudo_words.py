@@ -6,14 +6,14 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
-from semantic_style.benchmarks.models import small_sd15, small_sdxl
+from semantic_style.benchmarks.random_models import small_sd15, small_sdxl
 from semantic_style.benchmarks.text_models import RIGHT, small_clip
-from semantic_style.demo.text import REGIONS, WORDS
-from semantic_style.host.embedding import _Predict
+from semantic_style.files.embedding_file import SUFFIX, save_embedding
 from semantic_style.host.gradients import differentiable
+from semantic_style.host.learn_word import _Predict
 from semantic_style.host.pseudo_words import KEY, make_prompt
-from semantic_style.nodes.paperland import EncodeCaption, LoadPaperland
-from semantic_style.samplers.embedding_file import SUFFIX, save_embedding
+from semantic_style.nodes.nodes_paperland import EncodeCaption, LoadPaperland
+from semantic_style.paperland.text import REGIONS, WORDS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 

@@ -6,16 +6,17 @@ import comfy.model_management
 import pytest
 import torch
 import torch.nn.functional as F
-from semantic_style.attention.saliency import find_subject
-from semantic_style.benchmarks.models import conditioning, small_sd15
-from semantic_style.benchmarks.saliency import FOUND, overlap
-from semantic_style.demo import model as paperland
-from semantic_style.demo import scenes
-from semantic_style.host.inversion import Task, invert_ddim
-from semantic_style.host.saliency import Request, find_subjects, pixel_size
-from semantic_style.nodes.paperland import LoadPaperland
-from semantic_style.nodes.saliency import FindSubject
-from semantic_style.samplers.features import FeatureTap, feature_blocks
+from semantic_style.attention.layers import feature_blocks
+from semantic_style.benchmarks.random_models import conditioning, small_sd15
+from semantic_style.benchmarks.saliency_quality import FOUND, overlap
+from semantic_style.host.find_subject import Request, find_subjects, pixel_size
+from semantic_style.host.invert import Task, invert_ddim
+from semantic_style.nodes.nodes_paperland import LoadPaperland
+from semantic_style.nodes.nodes_saliency import FindSubject
+from semantic_style.paperland import model as paperland
+from semantic_style.paperland import scenes
+from semantic_style.regions.saliency import find_subject
+from semantic_style.samplers.features import FeatureTap
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 

@@ -14,23 +14,24 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, SamplerCustom, SamplerCustomAdvanced
-from semantic_style.attention.regional import order_by_region
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.attention.scsa import References, SelfAttention, Settings, prepare, scsa
-from semantic_style.benchmarks.models import conditioning, pooled_conditioning, small_sd15, small_sdxl
-from semantic_style.demo import model as paperland
-from semantic_style.demo import scenes
-from semantic_style.demo.map_pictures import draw_map
+from semantic_style.attention.layers import self_attention_layers, transformer_block
+from semantic_style.attention.regional_attention import order_by_region
+from semantic_style.attention.scsa_attention import References, SelfAttention, Settings, prepare, scsa
+from semantic_style.attention.scsa_patch import Scsa
+from semantic_style.benchmarks.random_models import conditioning, pooled_conditioning, small_sd15, small_sdxl
+from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.energy_guider import EnergyGuider
-from semantic_style.host.inversion import Task, invert_ddim, invert_ddpm
+from semantic_style.host.invert import Task, invert_ddim, invert_ddpm
 from semantic_style.host.references import ReferenceCache
-from semantic_style.host.replay import ReplayNoise, ReplaySampler
-from semantic_style.host.scsa import Patch, Pictures, apply_scsa
+from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.host.small_model import PixelVAE, unet_model
-from semantic_style.nodes.paperland import LoadPaperland
-from semantic_style.nodes.scsa import ApplySCSA, parse_blocks
+from semantic_style.nodes.nodes_paperland import LoadPaperland
+from semantic_style.nodes.nodes_scsa import ApplySCSA, parse_blocks
+from semantic_style.paperland import model as paperland
+from semantic_style.paperland import scenes
+from semantic_style.regions.map_pictures import draw_map
+from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
-from semantic_style.samplers.scsa import Scsa, self_attention_layers, transformer_block
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 

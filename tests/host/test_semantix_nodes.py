@@ -7,12 +7,12 @@ import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
-from semantic_style.attention.adain import adain_latents
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.benchmarks.models import conditioning, small_sd15
+from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.energy_guider import EnergyGuider
-from semantic_style.nodes.inversion import DDIMInversion, DDPMInversion, Replay
-from semantic_style.nodes.semantix import AS_SET, CombineEnergies, Guider, KSampler, SemantixEnergy
+from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, Replay
+from semantic_style.nodes.nodes_semantix import AS_SET, CombineEnergies, Guider, KSampler, SemantixEnergy
+from semantic_style.regions.adain import adain_latents
+from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.guidance import Energy
 from semantic_style.samplers.replay import replay
 from semantic_style.samplers.step_adain import StepAdaIN

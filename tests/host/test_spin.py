@@ -12,22 +12,22 @@ import node_helpers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, DualCFGGuider, SamplerCustom, SamplerCustomAdvanced
-from semantic_style.attention.masks import mask_on_grid
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.attention.scsa import Settings
-from semantic_style.benchmarks.models import conditioning, pooled_conditioning, small_sd15, small_sdxl
-from semantic_style.demo import model as paperland
+from semantic_style.attention.layers import all_cross_attention
+from semantic_style.attention.scsa_attention import Settings
+from semantic_style.benchmarks.random_models import conditioning, pooled_conditioning, small_sd15, small_sdxl
+from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
+from semantic_style.host.apply_spin import KEY, apply_spin, spin_energy
 from semantic_style.host.energy_guider import EnergyGuider
-from semantic_style.host.inversion import Task, invert_ddim, invert_ddpm
+from semantic_style.host.invert import Task, invert_ddim, invert_ddpm
 from semantic_style.host.references import ReferenceCache
-from semantic_style.host.replay import ReplayNoise, ReplaySampler
-from semantic_style.host.scsa import Patch, Pictures, apply_scsa
+from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.host.small_model import unet_model
-from semantic_style.host.spin import KEY, apply_spin, spin_energy
-from semantic_style.nodes.spin import ApplySpin, KeepBackground, SpinStyleEnergy
+from semantic_style.nodes.nodes_spin import ApplySpin, KeepBackground, SpinStyleEnergy
+from semantic_style.paperland import model as paperland
+from semantic_style.regions.masks import mask_on_grid
+from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream
-from semantic_style.samplers.injection import injection_layers
-from semantic_style.samplers.semantix import semantix_energy
+from semantic_style.samplers.semantix_energy import semantix_energy
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -128,7 +128,7 @@ def task(model, seed, prompt=EMPTY, channels=4, rows=1, size=SIZE):
 def attention_of(model):
     """Queries and outcome of every cross-attention of the last call, by module."""
     seen, handles = {}, []
-    for attn2 in injection_layers(model.model.diffusion_model).values():
+    for attn2 in all_cross_attention(model.model.diffusion_model).values():
         handles.append(attn2.to_q.register_forward_hook(lambda m, args, q, at=attn2: seen.update({at: (q,)})))
         handles.append(
             attn2.to_out.register_forward_pre_hook(lambda m, args, at=attn2: seen.update({at: (*seen[at], args[0])}))

@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from semantic_style.attention.masks import mask_on_grid
-from semantic_style.benchmarks.models import conditioning, small_sd15, small_sdxl
+from semantic_style.benchmarks.random_models import conditioning, small_sd15, small_sdxl
 from semantic_style.benchmarks.text_models import RIGHT, small_clip
-from semantic_style.demo import scenes
-from semantic_style.host.embedding import Task, learn_embedding
-from semantic_style.host.inversion import Task as InversionTask
-from semantic_style.host.inversion import invert_ddim
+from semantic_style.host.invert import Task as InversionTask
+from semantic_style.host.invert import invert_ddim
+from semantic_style.host.learn_word import Task, learn_embedding
 from semantic_style.host.pseudo_words import make_prompt
 from semantic_style.host.references import REFERENCE
-from semantic_style.nodes.embedding import SpinEmbedding
-from semantic_style.nodes.paperland import LoadPaperland
-from semantic_style.samplers.embedding import Settings
+from semantic_style.nodes.nodes_embedding import SpinEmbedding
+from semantic_style.nodes.nodes_paperland import LoadPaperland
+from semantic_style.paperland import scenes
+from semantic_style.regions.masks import mask_on_grid
+from semantic_style.samplers.word_learning import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from semantic_style.demo.motion import clip
-from semantic_style.nodes.video import MeasureFlicker
+from semantic_style.nodes.nodes_video import MeasureFlicker
+from semantic_style.paperland.motion import clip
 
 
 def test_flicker_of_known_noise_and_of_none():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from einops import rearrange
 from safetensors.torch import load_file
-from semantic_style.attention.adain import adain, region_adain
+from semantic_style.regions.adain import adain, region_adain
 
 EPS = 1e-5
 

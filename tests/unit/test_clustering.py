@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from semantic_style.attention import clustering
-from semantic_style.attention.clustering import (
+from semantic_style.benchmarks.agreement import adjusted_rand_index, agreement
+from semantic_style.regions import clustering
+from semantic_style.regions.clustering import (
     MAX_PLACES,
     SMALL,
     alike_averaged,
@@ -17,7 +18,6 @@ from semantic_style.attention.clustering import (
     silhouette,
     smoothed,
 )
-from semantic_style.demo.agreement import adjusted_rand_index, agreement
 
 
 def random(*shape, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from semantic_style.attention.color_maps import regions_from_colors
+from semantic_style.regions.color_maps import regions_from_colors
 
 PALETTES = {
     "primary": [(0, 0, 230), (0, 230, 0), (230, 0, 0), (230, 230, 0), (230, 0, 230)],

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from semantic_style.demo import run, sheet
-from semantic_style.demo.client import GraphError, GraphInterrupted, Progress, _Tracker, node_title, progress_of
-from semantic_style.demo.progress import ProgressBar
+from semantic_style.runner.client import GraphError, GraphInterrupted, Progress, _Tracker, node_title, progress_of
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -82,24 +81,6 @@ def test_pictures_are_saved_under_plain_names(tmp_path: Path, monkeypatch: pytes
     pictures = [("Mountain / river", picture(8, 8)), ("Mountain / river", picture(8, 8, BLUE))]
     run.save([sheet.Row("a caption", pictures)], tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["graph_1_mountain_river.png", "graph_2_mountain_river.png", "sheet.png"]
-
-
-def test_without_a_terminal_the_bar_is_one_line() -> None:
-    stream = io.StringIO()
-    with ProgressBar("work", stream) as bar:
-        bar.update(0.5, "half")
-    assert stream.getvalue().startswith("work: ")
-    assert stream.getvalue().count("\n") == 1
-
-
-def test_in_a_terminal_the_bar_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = io.StringIO()
-    stream.isatty = lambda: True  # type: ignore[method-assign]
-    with ProgressBar("work", stream) as bar:
-        bar.drawn = 0.0
-        bar.update(0.5, "half")
-    assert "50% half" in stream.getvalue()
-    assert stream.getvalue().count("\n") == 1
 
 
 GRAPH = {"1": {"class_type": "A", "inputs": {}}, "2": {"class_type": "B", "inputs": {}, "_meta": {"title": "Bee"}}}

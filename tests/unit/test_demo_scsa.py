@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from semantic_style.attention.regional import order_by_region
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.attention.scsa import References, Settings, prepare, scsa
-from semantic_style.demo import scenes
-from semantic_style.demo.model import Paperland, encode_pixels, sigmas_normal
-from semantic_style.demo.scsa import Pictures, ScsaDenoiser, invert
-from semantic_style.demo.unet import UNetConfig
+from semantic_style.attention.layers import self_attention_layers, transformer_block
+from semantic_style.attention.regional_attention import order_by_region
+from semantic_style.attention.scsa_attention import References, Settings, prepare, scsa
+from semantic_style.attention.scsa_patch import block_inputs
+from semantic_style.benchmarks.scsa_denoiser import Pictures, ScsaDenoiser, invert
+from semantic_style.paperland import scenes
+from semantic_style.paperland.model import Paperland, encode_pixels, sigmas_normal
+from semantic_style.paperland.unet import UNetConfig
+from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.ddim_inversion import ddim_inversion
 from semantic_style.samplers.replay import replay
-from semantic_style.samplers.scsa import block_inputs, self_attention_layers, transformer_block
 
 SIZE, STEPS = (32, 24), 3
 TINY = UNetConfig(channels=32, multipliers=(1, 1, 1), head_channels=8, context_channels=16)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from semantic_style.demo import measure, spin
-from semantic_style.demo import model as paperland
-from semantic_style.demo.spin import KINDS, Painting
-from semantic_style.demo.unet import UNetConfig
-from semantic_style.samplers.embedding import Settings
+from semantic_style.benchmarks import measure
+from semantic_style.benchmarks import spin_cases as spin
+from semantic_style.benchmarks.spin_cases import KINDS, Painting
+from semantic_style.paperland import model as paperland
+from semantic_style.paperland.unet import UNetConfig
+from semantic_style.samplers.word_learning import Settings
 
 
 @pytest.fixture(scope="module")

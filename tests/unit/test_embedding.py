@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from semantic_style.demo import model as paperland
-from semantic_style.demo import scenes
-from semantic_style.demo.text import WORDS
-from semantic_style.demo.unet import UNetConfig
-from semantic_style.samplers.embedding import JUDGED_LEVELS, Learned, Settings, learn, masked_loss
+from semantic_style.paperland import model as paperland
+from semantic_style.paperland import scenes
+from semantic_style.paperland.text import WORDS
+from semantic_style.paperland.unet import UNetConfig
+from semantic_style.samplers.word_learning import JUDGED_LEVELS, Learned, Settings, learn, masked_loss
 
 LEVELS = torch.linspace(0.1, 5.0, 40, dtype=torch.float64)
 

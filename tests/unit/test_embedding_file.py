@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from semantic_style.samplers.embedding_file import check_name, free_name, save_embedding, take_embeddings
+from semantic_style.files.embedding_file import check_name, free_name, save_embedding, take_embeddings
 
 
 def test_one_encoder_has_the_entry_that_everybody_reads(tmp_path):

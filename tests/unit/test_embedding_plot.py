@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from semantic_style.samplers.embedding import Learned
-from semantic_style.samplers.embedding_plot import COLUMN, embedding_plot, running_mean
+from semantic_style.pictures.word_plot import COLUMN, embedding_plot, running_mean
+from semantic_style.samplers.word_learning import Learned
 
 
 def learned(steps=20, judged=None, step=None):

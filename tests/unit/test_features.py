@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from semantic_style.demo.unet import PaperlandUNet, UNetConfig
-from semantic_style.samplers.features import FeatureTap, feature_blocks
+from semantic_style.attention.layers import feature_blocks
+from semantic_style.paperland.unet import PaperlandUNet, UNetConfig
+from semantic_style.samplers.features import FeatureTap
 from torch import nn
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from semantic_style.demo.flicker import flicker, moving
-from semantic_style.demo.motion import clip
+from semantic_style.paperland.motion import clip
+from semantic_style.pictures.flicker import flicker, moving
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.demo.guided import EnergyGuided
-from semantic_style.demo.model import Paperland
-from semantic_style.demo.unet import UNetConfig, attention
+from semantic_style.attention.layers import cross_attention_layers, feature_blocks
+from semantic_style.benchmarks.guided import EnergyGuided
+from semantic_style.paperland.model import Paperland
+from semantic_style.paperland.unet import UNetConfig, attention
+from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 from semantic_style.samplers.energies import semantic_distance, spatial_feature_energy, style_feature_energy
-from semantic_style.samplers.features import RECOMPUTE, Features, FeatureTap, cross_attention_layers, feature_blocks
+from semantic_style.samplers.features import RECOMPUTE, Features, FeatureTap
 from semantic_style.samplers.guidance import (
     Energy,
     SemanticTerm,

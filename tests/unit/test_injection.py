@@ -4,10 +4,11 @@ written out, the negative rows bit for bit, and what chains with it.
 
 import pytest
 import torch
-from semantic_style.demo.model import Paperland
-from semantic_style.demo.unet import PaperlandUNet, UNetConfig, attention
-from semantic_style.samplers.features import FeatureTap, cross_attention_layers, feature_blocks
-from semantic_style.samplers.injection import Chunk, Injection, check_tokens, injection_layers, scaled
+from semantic_style.attention.injection_patch import Chunk, Injection, check_tokens, scaled
+from semantic_style.attention.layers import all_cross_attention, cross_attention_layers, feature_blocks
+from semantic_style.paperland.model import Paperland
+from semantic_style.paperland.unet import PaperlandUNet, UNetConfig, attention
+from semantic_style.samplers.features import FeatureTap
 from torch import nn
 
 SIZE, WIDTH = (9, 14), 16  # odd: 9, 5, 3 rows of places on the three levels
@@ -74,7 +75,7 @@ def column_weights(width):
 
 
 def test_every_layer_attends_to_the_reference_inside_and_to_the_background_outside(unet):
-    layers, seen = injection_layers(unet), {}
+    layers, seen = all_cross_attention(unet), {}
     assert {name for name, *_ in layers} == {"input", "middle", "output"}
     handles = []
     for layer, attn2 in layers.items():
@@ -191,7 +192,7 @@ def test_what_replaces_the_attention_already_is_asked_for_both(unet):
         asked.append((len(q), k.shape[1], extra["cond_or_uncond"], extra["uuids"]))
         return attention(q, k, v, extra["n_heads"]) + 1.0
 
-    layers = list(injection_layers(unet))
+    layers = list(all_cross_attention(unet))
     # Set for one transformer block, and for all of its numbered block.
     table = {layers[0]: other, layers[-1][:2]: other}
     x, context, options = both()
@@ -281,18 +282,18 @@ def test_tensors_made_in_inference_mode_may_be_used_with_gradient(unet):
 
 def test_networks_and_tokens_that_do_not_fit_are_refused(unet):
     with pytest.raises(ValueError, match="no numbered blocks"):
-        injection_layers(nn.Linear(2, 2))
+        all_cross_attention(nn.Linear(2, 2))
     bare = nn.Module()
     bare.input_blocks, bare.output_blocks = nn.ModuleList([nn.Sequential()]), nn.ModuleList([nn.Sequential()])
     bare.middle_block = nn.Sequential()
     with pytest.raises(ValueError, match="no cross-attention"):
-        injection_layers(bare)
+        all_cross_attention(bare)
     video = nn.Module()
     video.time_stack = nn.ModuleList()
     bare.middle_block = nn.Sequential(video)
     with pytest.raises(ValueError, match="attention over time"):
-        injection_layers(bare)
-    layers = injection_layers(unet)
+        all_cross_attention(bare)
+    layers = all_cross_attention(unet)
     for tokens, message in (
         (random(7, WIDTH), "must be"),
         (random(1, 7, WIDTH + 1), "takes 16: encode it with the CLIP"),

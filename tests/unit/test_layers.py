@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
-BELOW = {
-    "attention": set(),
-    "samplers": {"attention"},
-    "demo": {"samplers", "attention"},
-    "host": {"samplers", "attention"},
-    "nodes": {"host", "demo", "samplers", "attention"},
+BELOW: dict[str, set[str]] = {
+    "regions": set(),
+    "runner": set(),
+    "attention": {"regions"},
+    "samplers": {"attention", "regions"},
+    "files": {"samplers"},
+    "pictures": {"samplers", "regions"},
+    "paperland": {"samplers", "attention", "regions"},
+    "host": {"files", "samplers", "attention", "regions"},
+    "nodes": {"host", "paperland", "pictures", "files", "samplers", "attention", "regions"},
+    "demo": {"runner"},
 }
 KNOW_COMFYUI = {"host", "nodes"}
 COMFYUI = {
@@ -69,9 +74,11 @@ def test_imports_go_down_only(root: Path) -> None:
         ("samplers/deep/a.py", "from ...nodes import x"),
         ("samplers/a.py", "from semantic_style.attention import adain"),
         ("samplers/a.py", "import attention.adain"),
-        ("demo/a.py", "import folder_paths"),
-        ("demo/a.py", "from ..nodes import types"),
-        ("host/a.py", "from ..demo import model"),
+        ("paperland/a.py", "import folder_paths"),
+        ("paperland/a.py", "from ..nodes import types"),
+        ("runner/a.py", "from ..regions import masks"),
+        ("demo/a.py", "from ..paperland import model"),
+        ("host/a.py", "from ..paperland import model"),
         ("host/a.py", "from ..nodes import types"),
     ],
 )
@@ -86,9 +93,10 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, code: str) -> None:
     [
         ("attention/a.py", "import torch\nfrom .regions import SemanticMap\nfrom . import regions"),
         ("samplers/a.py", "from ..attention.adain import adain\nfrom .steps import x"),
-        ("demo/a.py", "from ..samplers import steps"),
+        ("demo/a.py", "from ..runner import client"),
+        ("paperland/a.py", "from ..samplers import steps"),
         ("host/a.py", "import comfy.samplers\nfrom ..samplers import steps"),
-        ("nodes/a.py", "from ..host import x\nfrom ..demo import y\nimport folder_paths\nimport nodes"),
+        ("nodes/a.py", "from ..host import x\nfrom ..paperland import y\nimport folder_paths\nimport nodes"),
     ],
 )
 def test_a_right_import_passes(tmp_path: Path, file: str, code: str) -> None:

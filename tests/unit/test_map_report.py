@@ -1,8 +1,8 @@
 """What is said about maps: areas and regions that a method cannot use."""
 
 import torch
-from semantic_style.attention.map_report import describe, region_shares, warnings
-from semantic_style.attention.regions import SemanticMap
+from semantic_style.regions.map_report import describe, region_shares, warnings
+from semantic_style.regions.semantic_map import SemanticMap
 
 
 def halves(left, right, size=(64, 64)):

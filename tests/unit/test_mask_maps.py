@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from semantic_style.attention.mask_maps import regions_from_masks
+from semantic_style.regions.mask_maps import regions_from_masks
 
 
 def masks(*rows):

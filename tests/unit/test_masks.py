@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from semantic_style.attention.masks import as_mask, check_partial, keep_outside, mask_on_grid, soften
+from semantic_style.regions.masks import as_mask, check_partial, keep_outside, mask_on_grid, soften
 
 
 def random(*shape, seed=0):

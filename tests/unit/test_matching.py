@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from semantic_style.attention.regions import SemanticMap
+from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.matching import find_matches
 from torch.overrides import TorchFunctionMode
 

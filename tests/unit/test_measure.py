@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from semantic_style.attention.adain import adain
-from semantic_style.demo import measure, scenes
+from semantic_style.benchmarks import measure
+from semantic_style.paperland import scenes
+from semantic_style.regions.adain import adain
 
 COUNT = 5
 TWO = 2  # regions of the pictures put together by hand

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from semantic_style.demo import scenes
-from semantic_style.demo.motion import SUN_SPEED, clip
+from semantic_style.paperland import scenes
+from semantic_style.paperland.motion import SUN_SPEED, clip
 
 FRAMES = 8
 MOVING = (scenes.SKY, scenes.SUN, scenes.WATER)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from semantic_style.attention.nearest import fill_nearest
+from semantic_style.regions.nearest import fill_nearest
 
 
 def by_all_distances(labels, known):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.demo.overlay import _middle, overlay_map, overlay_subject, region_colors
+from semantic_style.pictures.overlay import _middle, overlay_map, overlay_subject, region_colors
+from semantic_style.regions.semantic_map import SemanticMap
 
 
 def share(picture, color):

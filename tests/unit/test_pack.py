@@ -61,7 +61,10 @@ def test_manager_requirements_are_those_of_the_package_but_for_torch(root: Path,
 
 def test_every_package_is_declared(root: Path, pyproject: dict) -> None:
     declared = set(pyproject["tool"]["setuptools"]["packages"])
-    parts = {f"semantic_style.{name}" for name in ("attention", "demo", "host", "nodes", "samplers")}
+    parts = {
+        f"semantic_style.{name}"
+        for name in ("attention", "files", "host", "nodes", "paperland", "pictures", "regions", "runner", "samplers")
+    }
     assert declared == {"semantic_style", *parts}
     assert all((root / name.removeprefix("semantic_style.") / "__init__.py").is_file() for name in parts)
 

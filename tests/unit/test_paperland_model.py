@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from semantic_style.demo import model as paperland
-from semantic_style.demo.unet import PaperlandUNet, UNetConfig
+from semantic_style.paperland import model as paperland
+from semantic_style.paperland.unet import PaperlandUNet, UNetConfig
 
 SMALL = UNetConfig(channels=32, multipliers=(1, 1, 2), context_channels=16, head_channels=16)
 

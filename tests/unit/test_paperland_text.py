@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from semantic_style.demo import text
+from semantic_style.paperland import text
 
 
 @pytest.fixture(scope="module")

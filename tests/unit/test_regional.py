@@ -2,8 +2,13 @@
 
 import pytest
 import torch
-from semantic_style.attention.regional import best_places, continuous_attention, order_by_region, sparse_attention
-from semantic_style.attention.regions import SemanticMap
+from semantic_style.attention.regional_attention import (
+    best_places,
+    continuous_attention,
+    order_by_region,
+    sparse_attention,
+)
+from semantic_style.regions.semantic_map import SemanticMap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

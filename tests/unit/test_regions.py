@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from semantic_style.attention.regions import SemanticMap, resample_labels
+from semantic_style.regions.semantic_map import SemanticMap, resample_labels
 
 
 def majority(labels, size):

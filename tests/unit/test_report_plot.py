@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from semantic_style.samplers import report_plot as plot
+from semantic_style.pictures import report_plot as plot
 
 RED = (178, 34, 52)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from semantic_style.attention.saliency import WEAK, _affinity, _compactness, _cut, _otsu, find_subject
+from semantic_style.regions.saliency import WEAK, _affinity, _compactness, _cut, _otsu, find_subject
 
 
 def planted(size=(16, 20), subject=(slice(6, 11), slice(8, 13)), channels=12, noise=0.02, seed=0):

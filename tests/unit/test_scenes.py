@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from semantic_style.demo import scenes
+from semantic_style.paperland import scenes
 
 COUNT = 24
 

@@ -7,9 +7,8 @@ import torch
 from einops import rearrange
 from safetensors import safe_open
 from safetensors.torch import load_file
-from semantic_style.attention.regional import order_by_region
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.attention.scsa import (
+from semantic_style.attention.regional_attention import order_by_region
+from semantic_style.attention.scsa_attention import (
     Prepared,
     References,
     SelfAttention,
@@ -20,6 +19,7 @@ from semantic_style.attention.scsa import (
     scsa,
     sparse,
 )
+from semantic_style.regions.semantic_map import SemanticMap
 from torch.nn.functional import gelu, layer_norm, linear
 
 PLACES, CHANNELS, HEADS = (6, 7), 8, 2

@@ -4,19 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from semantic_style.attention.regional import order_by_region
-from semantic_style.attention.regions import SemanticMap
-from semantic_style.attention.scsa import References, SelfAttention, Settings, prepare, scsa
-from semantic_style.demo.unet import PaperlandUNet, UNetConfig
-from semantic_style.samplers.scsa import (
-    Reader,
-    Scsa,
-    block_inputs,
-    check_free,
-    self_attention_layers,
-    transformer_block,
-    uses_map_pictures,
-)
+from semantic_style.attention.layers import self_attention_layers, transformer_block
+from semantic_style.attention.regional_attention import order_by_region
+from semantic_style.attention.scsa_attention import References, SelfAttention, Settings, prepare, scsa
+from semantic_style.attention.scsa_patch import Reader, Scsa, block_inputs, check_free, uses_map_pictures
+from semantic_style.paperland.unet import PaperlandUNet, UNetConfig
+from semantic_style.regions.semantic_map import SemanticMap
 from torch import nn
 
 SIZE, STYLE_SIZE = (8, 12), (12, 8)

@@ -4,13 +4,13 @@ import argparse
 
 import pytest
 import torch
-from semantic_style.attention.regions import resample_labels
 from semantic_style.benchmarks import scsa_quality
 from semantic_style.benchmarks.scsa_quality import PLACE, Variant, gather, run_batch, table, variants, wrong_labels
 from semantic_style.benchmarks.semantix_quality import FIGURES
-from semantic_style.demo import scenes
-from semantic_style.demo.model import Paperland
-from semantic_style.demo.unet import UNetConfig
+from semantic_style.paperland import scenes
+from semantic_style.paperland.model import Paperland
+from semantic_style.paperland.unet import UNetConfig
+from semantic_style.regions.semantic_map import resample_labels
 
 
 @pytest.mark.parametrize("side", [4, 16])

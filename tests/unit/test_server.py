@@ -1,4 +1,4 @@
-"""demo/server.py with a stand-in for ComfyUI: whatever happens, nothing stays behind."""
+"""runner/launch.py with a stand-in for ComfyUI: whatever happens, nothing stays behind."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from semantic_style.demo import server as server_module
-from semantic_style.demo.server import ServerError, comfy_server
+from semantic_style.runner import launch
+from semantic_style.runner.launch import ServerError, comfy_server
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="looks at POSIX processes")
 
@@ -46,9 +46,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's
 sys.path.insert(0, {tools!r})
 import run
 run.load_pack()
-from semantic_style.demo import server
-server.device_arguments = lambda: []
-with server.comfy_server(Path({host!r}), Path({pack!r})) as running:
+from semantic_style.runner import launch
+launch.device_arguments = lambda: []
+with launch.comfy_server(Path({host!r}), Path({pack!r})) as running:
     print(running.process.pid, (running.base / "child").read_text(), running.base, flush=True)
     time.sleep(300)
 """
@@ -72,7 +72,7 @@ def pack(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "device_arguments", list)
+    monkeypatch.setattr(launch, "device_arguments", list)
 
 
 def is_running(pid: int) -> bool:
@@ -112,7 +112,7 @@ def test_it_stops_when_the_body_raises(host: Path, pack: Path, failure: type[Bas
             left.append(running)
             raise failure
 
-    left: list[server_module.Server] = []
+    left: list[launch.Server] = []
     with pytest.raises(failure):
         body()
     assert not is_running(left[0].process.pid)
@@ -143,18 +143,18 @@ def test_a_port_in_use_is_no_problem(host: Path, pack: Path, monkeypatch: pytest
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        free = server_module.free_port()
+        free = launch.free_port()
         ports = iter([taken.getsockname()[1], free])
-        monkeypatch.setattr(server_module, "free_port", lambda: next(ports))
+        monkeypatch.setattr(launch, "free_port", lambda: next(ports))
         with comfy_server(host, pack) as running:
             assert running.address == f"127.0.0.1:{free}"
 
 
 def test_another_server_on_the_port_is_not_taken_for_ours(host: Path, pack: Path) -> None:
     with comfy_server(host, pack) as other, comfy_server(host, pack) as running:
-        impostor = server_module.Server(other.address, running.process, running.log, running.base)
-        assert server_module._answers(running)
-        assert not server_module._answers(impostor)
+        impostor = launch.Server(other.address, running.process, running.log, running.base)
+        assert launch._answers(running)
+        assert not launch._answers(impostor)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])

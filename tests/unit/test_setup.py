@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from semantic_style.demo import locate
+from semantic_style.runner import locate
 
 
 def make_host(folder: Path) -> Path:

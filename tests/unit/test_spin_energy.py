@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from semantic_style.attention.adain import EPS
-from semantic_style.demo.model import Paperland
-from semantic_style.demo.unet import UNetConfig
-from semantic_style.samplers.features import Features, FeatureTap, feature_blocks
+from semantic_style.attention.layers import feature_blocks
+from semantic_style.paperland.model import Paperland
+from semantic_style.paperland.unet import UNetConfig
+from semantic_style.regions.adain import EPS
+from semantic_style.samplers.features import Features, FeatureTap
 from semantic_style.samplers.guidance import Stream, energy_gradient
 from semantic_style.samplers.inversion import Inversion
 from semantic_style.samplers.spin_energy import SpinStyleTerm, style_distance

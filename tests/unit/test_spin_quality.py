@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from semantic_style.benchmarks import spin_quality, workers
-from semantic_style.demo import model as paperland
-from semantic_style.demo.unet import UNetConfig
+from semantic_style.paperland import model as paperland
+from semantic_style.paperland.unet import UNetConfig
 
 
 def arguments(out: Path, *more: str) -> argparse.Namespace:

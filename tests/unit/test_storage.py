@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from semantic_style.files.inversion_file import load_inversion, save_inversion
 from semantic_style.samplers.ddim_inversion import ddim_inversion
 from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 from semantic_style.samplers.inversion import Inversion, ModelIdentity
-from semantic_style.samplers.storage import load_inversion, save_inversion
 
 SIGMAS = torch.tensor([10.0, 3.0, 1.0, 0.0])
 
@@ -143,7 +143,7 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch):
     def full_disk(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr("semantic_style.samplers.storage.save_file", full_disk)
+    monkeypatch.setattr("semantic_style.files.inversion_file.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_inversion(path, make(seed=1))
     assert path.read_bytes() == before

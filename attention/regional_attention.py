@@ -1,0 +1,236 @@
+"""Attention within corresponding regions: a place of the content sees the style's places of its own region only.
+
+The two attentions of SCSA: Shang et al., "SCSA: A Plug-and-Play Semantic Continuous-Sparse Attention for Arbitrary
+Semantic Style Transfer", CVPR 2025. Continuous: softmax over the region; sparse: the one best place of the region.
+Masking a places x places matrix gives the same result at the cost of all pairs; here places are sorted by region, so
+that every region is a dense attention of its own and pairs of different regions are never computed.
+
+Our reading, where the published code divides by zero: places of a region that the style lacks, or where the style has
+too few places, see the whole style.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..regions.adain import MIN_PLACES
+from ..regions.semantic_map import SemanticMap
+
+# Memory for the sparse part's logits. On a CPU they should stay in its cache, a GPU wants enough to be busy.
+CHUNK_BYTES = {"cpu": 2**22, "other": 2**28}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Content places that see the same style places; slices of the sorted places, `keys` None for the whole style."""
+
+    queries: slice
+    keys: slice | None
+
+
+@dataclass(frozen=True, eq=False)
+class Sorting:
+    """Places of one pair of maps sorted by region, in their own order within a region.
+
+    Attributes:
+        content, style: [N] and [M], the place that comes at each position of the sorted order.
+        back: [N], the position of each content place in the sorted order.
+        groups: cover all content places, in the sorted order.
+    """
+
+    content: Tensor
+    style: Tensor
+    back: Tensor
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RegionOrder:
+    """Which style places each content place sees: made once for a map and a pair of grids by `order_by_region`.
+
+    Attributes:
+        regions: the maps on the grids of content and style.
+        sortings: one for each pair of maps.
+        min_places: fewest places that a region of the style needs.
+    """
+
+    regions: SemanticMap
+    sortings: tuple[Sorting, ...]
+    min_places: int
+
+    @property
+    def content_places(self) -> int:
+        return self.regions.content[0].numel()
+
+    @property
+    def style_places(self) -> int:
+        return self.regions.style[0].numel()
+
+
+# Hosts run nodes in inference mode, and indices that were made in it could not be saved for a backward pass.
+@torch.inference_mode(False)
+def order_by_region(regions: SemanticMap, min_places: int = MIN_PLACES) -> RegionOrder:
+    """Sort the places of both grids by region.
+
+    Args:
+        regions: maps that are on the grids of the attention already (`SemanticMap.at`); the result is on their device.
+        min_places: fewest places that a region needs in the style; the content's places of other regions see the whole
+            style.
+    Raises:
+        ValueError: min_places below 1.
+    """
+    if min_places < 1:
+        raise ValueError(f"min_places must be at least 1, got {min_places}")
+    content, style = regions.content.flatten(1).long(), regions.style.flatten(1).long()
+    pairs = max(len(content), len(style))
+    rows = zip(content.expand(pairs, -1), style.expand(pairs, -1), strict=True)
+    return RegionOrder(regions, tuple(_sort(c, s.to(c.device), min_places) for c, s in rows), min_places)
+
+
+def _sort(content: Tensor, style: Tensor, min_places: int) -> Sorting:
+    labels, places = torch.unique(style, return_counts=True)
+    known = labels[places >= min_places]
+    rank_c, rank_s = _rank(content, known), _rank(style, known)
+    order = rank_c.argsort(stable=True)
+    groups = []
+    # The last rank is that of all labels which are not among the known ones.
+    for rank, (queries, keys) in enumerate(zip(_slices(rank_c, len(known)), _slices(rank_s, len(known)), strict=True)):
+        if queries.stop > queries.start:
+            groups.append(Group(queries, keys if rank < len(known) else None))
+    return Sorting(order, rank_s.argsort(stable=True), order.argsort(), tuple(groups))
+
+
+def _rank(labels: Tensor, known: Tensor) -> Tensor:
+    return torch.where(torch.isin(labels, known), torch.searchsorted(known, labels), len(known))
+
+
+def _slices(rank: Tensor, last: int) -> list[slice]:
+    ends = rank.bincount(minlength=last + 1).cumsum(0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def continuous_attention(q: Tensor, k: Tensor, v: Tensor, order: RegionOrder, scale: float | None = None) -> Tensor:
+    """Softmax attention of every content place to the style places of its region (SCA).
+
+    Exact; memory is linear in places wherever PyTorch has a fused attention (CPUs, CUDA). Deterministic; the order of
+    sums in CUDA's backward pass is not.
+
+    Args:
+        q: [B, heads, N, D], the content's places, row-major.
+        k: [B', heads, M, D]; v: [B', heads, M, D'], the style's places.
+        order: regions on the grids with N and M places, one map or several. Image i takes keys i modulo their number
+            and map i modulo theirs: one for all, one for each, or one for each in both halves of a CFG batch.
+        scale: of the logits; default D^-1/2.
+    Returns:
+        [B, heads, N, D'] in the dtype of q.
+    Raises:
+        ValueError: shapes or numbers that do not fit.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sorting: Sorting) -> Tensor:
+        q, k_sorted, v_sorted = (q[:, :, sorting.content], k[:, :, sorting.style], v[:, :, sorting.style])
+        parts = []
+        for group in sorting.groups:
+            keys, values = (k, v) if group.keys is None else (k_sorted[:, :, group.keys], v_sorted[:, :, group.keys])
+            parts.append(scaled_dot_product_attention(q[:, :, group.queries], keys, values, scale=scale))
+        return torch.cat(parts, dim=2)[:, :, sorting.back]
+
+    return _for_every_map(attend, order, q, k, v)
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, order: RegionOrder, chunk_bytes: int | None = None) -> Tensor:
+    """The value of the one best style place of the region, for every content place (SSA): `v[argmax_j q_i . k_j]`.
+
+    The gradient goes to the values only, an arg-max has none. Arguments, result and errors as in
+    `continuous_attention`; the choice and `chunk_bytes` as in `best_places`.
+    """
+    best = best_places(q, k, order, chunk_bytes)
+    _check(order, q, k, v)
+    v = _repeat(v, len(best))
+    return v.gather(2, best[..., None].expand(*best.shape, v.shape[-1]))
+
+
+@torch.no_grad()
+def best_places(q: Tensor, k: Tensor, order: RegionOrder, chunk_bytes: int | None = None) -> Tensor:
+    """The style place of the same region with the largest `q . k`, of equals the first.
+
+    The products are computed in float32 at least, whatever the dtype: in bfloat16 1% of the choices would change. On
+    CUDA that holds while PyTorch's TF32 products are off, which is the default.
+
+    Args:
+        q: [B, heads, N, D]; k: [B', heads, M, D]; order: as in `continuous_attention`.
+        chunk_bytes: memory for the products that are looked at in one piece.
+    Returns:
+        [B, heads, N] integers below M.
+    Raises:
+        ValueError: shapes or numbers that do not fit.
+    """
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES["cpu" if q.device.type == "cpu" else "other"]
+    exact = torch.promote_types(q.dtype, torch.float32)
+
+    def attend(q: Tensor, k: Tensor, sorting: Sorting) -> Tensor:
+        q, k = q[:, :, sorting.content].to(exact), k.to(exact)
+        k_sorted = k[:, :, sorting.style]
+        parts = []
+        for group in sorting.groups:
+            queries = q[:, :, group.queries]
+            if group.keys is None:
+                parts.append(_best(queries, k, chunk_bytes))
+            else:
+                parts.append(sorting.style[group.keys][_best(queries, k_sorted[:, :, group.keys], chunk_bytes)])
+        return torch.cat(parts, dim=2)[:, :, sorting.back]
+
+    # Autocast would take the products back to half precision.
+    with torch.autocast(q.device.type, enabled=False):
+        return _for_every_map(attend, order, q, k)
+
+
+def _best(q: Tensor, k: Tensor, chunk_bytes: int) -> Tensor:
+    batch, heads, _, _ = q.shape
+    rows = max(1, chunk_bytes // (batch * heads * k.shape[2] * q.element_size()))
+    k = k.transpose(-1, -2)
+    return torch.cat([(part @ k).argmax(dim=-1) for part in q.split(rows, dim=2)], dim=2)
+
+
+def _for_every_map(attend: Callable[..., Tensor], order: RegionOrder, *heads: Tensor) -> Tensor:
+    """`attend(q, k[, v], sorting)` for the images of every map, put together in the images' order."""
+    _check(order, *heads)
+    n, batch = len(order.sortings), max(len(order.sortings), *(len(x) for x in heads))
+    parts = [attend(*rows, sorting) for rows, sorting in zip(_rows(heads, n, batch), order.sortings, strict=True)]
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def _rows(heads: tuple[Tensor, ...], maps: int, batch: int) -> Iterator[list[Tensor]]:
+    for i in range(maps):
+        yield [_repeat(x, batch)[i::maps] for x in heads]
+
+
+def _repeat(x: Tensor, batch: int) -> Tensor:
+    """Image i of the result is image i modulo their number; a single one takes no memory."""
+    if len(x) == 1:
+        return x.expand(batch, *x.shape[1:])
+    return x if len(x) == batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
+
+
+def _check(order: RegionOrder, q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}" + (f", v {list(v.shape)}" if v is not None else "")
+    if q.ndim != 4 or k.ndim != 4 or q.shape[1] != k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention needs q [B, heads, N, D] and k [B', heads, M, D], got {shapes}")
+    if v is not None and (v.ndim != 4 or v.shape[:3] != k.shape[:3]):
+        raise ValueError(f"attention needs one value for each key, got {shapes}")
+    if (q.shape[2], k.shape[2]) != (order.content_places, order.style_places):
+        content, style = order.regions.content, order.regions.style
+        raise ValueError(
+            f"{shapes} do not fit regions of {list(content.shape[1:])} content and {list(style.shape[1:])} style "
+            "places: make the order from SemanticMap.at with the grids of this layer"
+        )
+    counts = len(q), len(k), len(order.sortings)
+    if any(max(counts) % count for count in counts):
+        raise ValueError(
+            f"{counts[0]} images, {counts[1]} of keys and {counts[2]} maps do not go together: expected one for all "
+            "or one for each"
+        )

@@ -1,0 +1,297 @@
+"""SCSA on the host's MODEL (Shang et al., CVPR 2025): a patch that works under any of its samplers and guiders."""
+
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ..attention.layers import Layer, Options, layers_of_blocks, self_attention_layers
+from ..attention.scsa_attention import Settings
+from ..attention.scsa_patch import Entered, Reader, Scsa, block_inputs, check_free, uses_map_pictures
+from ..regions.semantic_map import SemanticMap
+from ..samplers.inversion import Inversion
+from .invert import InversionSampler
+from .models import check_invertible, check_same, identify
+from .references import REFERENCE, has_motion, merged_conds, stream_conds
+from .windows import frames_of_call
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+KEY = "semantic_style_scsa"
+OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+CALC_COND_BATCH = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+NAMES = ("content", "style", "content map", "style map")
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The four references of SCSA: content, style, and the pictures of their semantic maps, inverted.
+
+    The maps' pictures may be left out where the settings give them no weight.
+    """
+
+    content: Inversion
+    style: Inversion
+    content_map: Inversion | None = None
+    style_map: Inversion | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """What is put on a MODEL: values only, a run makes its own state of them.
+
+    Attributes:
+        pictures, regions, settings: see there.
+        blocks: numbers of output blocks; None for those of the two finest decoder levels with attention.
+        start, end: the part of the run in which it acts, in the host's percent.
+        allow_other_model: the inversions may be of another checkpoint of the same structure.
+    """
+
+    pictures: Pictures
+    regions: SemanticMap
+    settings: Settings = field(default_factory=Settings)
+    blocks: tuple[int, ...] | None = None
+    start: float = 0.0
+    end: float = 1.0
+    allow_other_model: bool = False
+
+    @property
+    def references(self) -> list[Inversion]:
+        """The pictures that have any weight, in the order of NAMES."""
+        p = self.pictures
+        maps = (p.content_map, p.style_map) if uses_map_pictures(self.settings) else ()
+        return [p.content, p.style, *(m for m in maps if m is not None)]
+
+
+def apply_scsa(model: "ModelPatcher", patch: Patch) -> "ModelPatcher":
+    """A clone of the model with SCSA in its decoder's self-attention.
+
+    Raises:
+        ValueError: a model, inversions, regions or blocks that do not fit together.
+    """
+    check_invertible(model)
+    unet = model.model.diffusion_model
+    layers = self_attention_layers(unet) if patch.blocks is None else layers_of_blocks(unet, patch.blocks)
+    if not 0.0 <= patch.start <= patch.end <= 1.0:
+        raise ValueError(f"SCSA acts from {patch.start} to {patch.end}: both between 0 and 1, start not after end")
+    now = identify(model)
+    _check_pictures(patch)
+    for picture in patch.references:
+        check_same(picture.model, now, patch.allow_other_model)
+    _check_maps(patch)
+    if model.get_wrappers(OUTER_SAMPLE, KEY):
+        raise ValueError("this MODEL has SCSA already: connect the model from before that node")
+    check_free(layers, model.model_options.get("transformer_options", {}))
+    patched = model.clone()
+    patched.add_wrapper_with_key(OUTER_SAMPLE, KEY, _Sampling(patch, layers))
+    return patched
+
+
+def _check_pictures(patch: Patch) -> None:
+    pictures = patch.pictures
+    for mine, its_map, name in (
+        (pictures.content, pictures.content_map, "content"),
+        (pictures.style, pictures.style_map, "style"),
+    ):
+        if not uses_map_pictures(patch.settings):
+            continue
+        if its_map is None:
+            raise ValueError(f"SCSA needs the picture of the {name}'s map, inverted, unless a1 is 0")
+        a, b = list(mine.clean.shape), list(its_map.clean.shape)
+        if a[1:] != b[1:] or b[0] not in (1, a[0]):
+            raise ValueError(
+                f"the {name}'s latent is {a} (batch, channels, size), that of its map picture {b}: both must have one "
+                "size; draw the map at the size of the picture"
+            )
+    if len(pictures.style.clean) not in (1, len(pictures.content.clean)):
+        raise ValueError(
+            f"SCSA needs one style or one for each content: got {len(pictures.content.clean)} contents and "
+            f"{len(pictures.style.clean)} styles"
+        )
+
+
+def _check_maps(patch: Patch) -> None:
+    for labels, picture, name in (
+        (patch.regions.content, patch.pictures.content, "content"),
+        (patch.regions.style, patch.pictures.style, "style"),
+    ):
+        if len(labels) not in (1, len(picture.clean)):
+            raise ValueError(
+                f"the semantic map has {len(labels)} {name} maps for {len(picture.clean)} pictures: it needs one, or "
+                "one for each"
+            )
+
+
+class _Sampling:
+    """OUTER_SAMPLE: makes a run's state, and says so when the run never used it."""
+
+    def __init__(self, patch: Patch, layers: tuple[Layer, ...]) -> None:
+        self.patch, self.layers = patch, layers
+
+    def __call__(
+        self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        guider, content = executor.class_obj, self.patch.pictures.content.clean
+        if isinstance(sampler, InversionSampler):
+            raise ValueError("this MODEL has SCSA, which makes pictures: invert with the model from before that node")
+        if noise.shape[1:] != content.shape[1:] or len(noise) % len(content):
+            raise ValueError(
+                f"SCSA was made for a content latent {list(content.shape)}, the one being sampled is "
+                f"{list(noise.shape)}: sample at the content's size, one picture or a multiple of the contents"
+            )
+        check_free(self.layers, guider.model_options.get("transformer_options", {}))
+        run = _Run(self.patch, self.layers, guider)
+        # The options are this run's own copy.
+        comfy.patcher_extension.add_wrapper_with_key(
+            CALC_COND_BATCH, KEY, run, guider.model_options, is_model_options=True
+        )
+        out = executor(noise, latent_image, sampler, *args, **kwargs)
+        if reason := run.why_nothing():
+            logging.warning("Semantic Style: SCSA never acted in this run: %s.", reason)
+        return out
+
+
+class _Run:
+    """CALC_COND_BATCH: the references' call at every new level, then the picture's with its patches."""
+
+    def __init__(self, patch: Patch, layers: tuple[Layer, ...], guider: Any) -> None:
+        self.patch, self.layers, self.guider = patch, layers, guider
+        self.scsa: Scsa | None = None
+        self.level: float | None = None
+        self.conds: dict[int, list[dict]] = {}
+        self.levels = 0
+
+    def why_nothing(self) -> str:
+        """Why the run did not use SCSA, empty where it did."""
+        if self.scsa is None:
+            return "no step lies in its start to end range"
+        return "" if self.scsa.fired else "none of its blocks was called"
+
+    def __call__(
+        self,
+        executor: Callable,
+        model: Any,
+        conds: list,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        level, to = float(timestep[0]), model_options.get("transformer_options", {})
+        acts = self._acts(model, level)
+        if not acts and self.scsa is not None:
+            self.scsa.prepared.clear()
+            self.level = None
+        if not acts or to.get(REFERENCE):
+            return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+        if (timestep != timestep[0]).any():
+            raise ValueError("SCSA takes one noise level per call; use it with a sampler, not with an inversion node")
+        if frames_of_call(to) is not None:
+            raise ValueError("SCSA does not know context windows: sample the whole clip at once, or frame by frame")
+        if any(cond.get("area") is not None for branch in conds for cond in branch or ()):
+            raise ValueError("SCSA works on whole pictures: use masks in place of prompts for areas")
+        unet = model.diffusion_model
+        with block_inputs(unet, self.layers) as seen:
+            if self.scsa is None:
+                self.scsa = Scsa(unet, self.layers, self.patch.regions, self.patch.settings, seen)
+            self.scsa.seen = seen
+            # Once for a level, however many calls a sampler makes at it.
+            if self.level != level:
+                self._read(executor, model, level, x, timestep, model_options)
+                self.level = level
+            options = comfy.model_patcher.create_model_options_clone(model_options)
+            options["transformer_options"] = self.scsa.options(options.get("transformer_options"))
+            return executor(model, conds, x, timestep, options, *args, **kwargs)
+
+    def _acts(self, model: Any, level: float) -> bool:
+        at = model.model_sampling.percent_to_sigma
+        return at(self.patch.end) <= level <= at(self.patch.start)
+
+    def _read(
+        self, executor: Callable, model: Any, level: float, x: Tensor, timestep: Tensor, model_options: dict
+    ) -> None:
+        """What enters the blocks for the references at a level, and all that follows from it."""
+        assert self.scsa is not None
+        still = has_motion(self.guider)
+        latents = []
+        for picture in self.patch.references:
+            latent = picture.at(level).to(x)
+            # A motion model takes the rows of a call for the frames of one clip.
+            latents.append(latent.repeat(len(x) // len(latent), 1, 1, 1) if still else latent)
+        entered: dict[int, Entered] = {}
+        for group in _calls(latents, apart=still):
+            for i, read in zip(
+                group,
+                self._entered(executor, model, group, [latents[i] for i in group], timestep, model_options),
+                strict=True,
+            ):
+                entered[i] = read
+        self.scsa.at_level(*(entered[i] for i in range(len(entered))))
+
+    def _entered(
+        self,
+        executor: Callable,
+        model: Any,
+        group: list[int],
+        latents: list[Tensor],
+        timestep: Tensor,
+        model_options: dict,
+    ) -> list[Entered]:
+        """For pictures of one size, in one call where their prompts and the memory allow it."""
+        assert self.scsa is not None
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        prompts = [self._conds(i, latent) for i, latent in zip(group, latents, strict=True)]
+        rows = [len(latent) for latent in latents]
+        merged = merged_conds(prompts, rows) if _fit(model, latents) else None
+        calls = [([merged], torch.cat(latents))] if merged else list(zip(prompts, latents, strict=True))
+        read = []
+        for conds, latent in calls:
+            reader = Reader(self.scsa.layers, self.scsa.seen)
+            options = comfy.model_patcher.create_model_options_clone(model_options)
+            # The model as it is, without the patches of the picture being made.
+            to: Options = {
+                k: v for k, v in options.get("transformer_options", {}).items() if not k.startswith("patches")
+            }
+            options["transformer_options"] = {**reader.options(to), REFERENCE: True}
+            with torch.inference_mode():
+                sigma = timestep[:1].expand(len(latent)).clone()
+                executor(model, [conds], latent.clone(), sigma, options)
+            read.append(reader.read())
+        if not merged:
+            return read
+        ends = list(itertools.accumulate(rows))
+        return [read[0].rows(slice(end - n, end)) for end, n in zip(ends, rows, strict=True)]
+
+    def _conds(self, which: int, like: Tensor) -> list[dict]:
+        if which not in self.conds:
+            given = self.patch.references[which].positive
+            prompt = self.guider.original_conds.get("negative") if given is None else None
+            if given is None and prompt is None:
+                raise ValueError(f"the {NAMES[which]}'s inversion has no prompt: invert it again")
+            # Of combined prompts the first: a reference is one picture at one place of the batch.
+            self.conds[which] = stream_conds(self.guider, given, like, prompt)[:1]
+        return self.conds[which]
+
+
+def _fit(model: Any, latents: list[Tensor]) -> bool:
+    """Whether a call of all of them fits into the free memory, by the host's own estimate."""
+    rows, first = sum(map(len, latents)), latents[0]
+    needed = model.memory_required([rows, *first.shape[1:]])
+    return needed * 1.5 < comfy.model_management.get_free_memory(first.device)
+
+
+def _calls(latents: list[Tensor], apart: bool) -> list[list[int]]:
+    """Which pictures share a call: those of one size, unless all have to be apart."""
+    sizes: dict[Any, list[int]] = {}
+    for i, latent in enumerate(latents):
+        sizes.setdefault(i if apart else latent.shape[1:], []).append(i)
+    return list(sizes.values())

@@ -1,0 +1,95 @@
+"""Pictures of a semantic map as references of SCSA: drawn, encoded and inverted like the content."""
+
+import logging
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..regions.map_pictures import draw_map
+from ..regions.semantic_map import SemanticMap
+from ..samplers.inversion import Inversion
+from .invert import Task, invert_ddim
+from .references import CACHE, digest
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+Pair: TypeAlias = tuple[Inversion, Inversion]
+
+# The last pictures of each map that is still in somebody's hands: who turns a knob of the node does not wait for them
+# again. What is in it never changes a result.
+_KEPT: WeakKeyDictionary[SemanticMap, tuple[Hashable, Pair]] = WeakKeyDictionary()
+
+
+def invert_map_pictures(
+    model: "ModelPatcher",
+    pictures: Pair,
+    regions: SemanticMap,
+    vae: Any | None,
+) -> Pair:
+    """The content's and the style's map as pictures of their sizes, inverted by DDIM on the content's levels.
+
+    Args:
+        model: the model without SCSA.
+        pictures: content and style; the content's prompt is taken.
+        vae: the host's.
+    Raises:
+        ValueError: no VAE, a content without prompt, a VAE that does not belong to the content's latents.
+    """
+    if vae is None:
+        raise ValueError(
+            "SCSA also looks at pictures of the semantic map. Connect the VAE, so that they can be made here; or "
+            "connect the inversions of both maps' pictures (content_map, style_map); or set a1 to 0, which does "
+            "without them"
+        )
+    content = pictures[0]
+    if content.positive is None:
+        raise ValueError("the content's inversion has no prompt to invert the map's pictures with: invert it again")
+    key = _key(model, pictures, vae)
+    known, kept = _KEPT.get(regions, (None, None))
+    if kept is not None and key is not None and known == key:
+        return kept
+    ratio = vae.spacial_compression_encode()
+    sizes = [(ratio * p.clean.shape[-2], ratio * p.clean.shape[-1]) for p in pictures]
+    latents = [vae.encode(pixels) for pixels in draw_map(regions, *sizes)]
+    for latent, picture in zip(latents, pictures, strict=True):
+        if latent.shape[1:] != picture.clean.shape[1:]:
+            raise ValueError(
+                f"this VAE makes a latent {list(latent.shape)} of a map's picture, the inversion holds "
+                f"{list(picture.clean.shape)}: connect the VAE that the picture was encoded with"
+            )
+    logging.info("Inverting the pictures of the semantic map (%d steps).", content.steps)
+    if latents[0].shape[1:] == latents[1].shape[1:]:
+        both = _invert(model, content, torch.cat(latents))
+        made = (_rows(both, slice(0, len(latents[0]))), _rows(both, slice(len(latents[0]), None)))
+    else:
+        made = (_invert(model, content, latents[0]), _invert(model, content, latents[1]))
+    if key is not None:
+        _KEPT[regions] = key, made
+    return made
+
+
+def _invert(model: "ModelPatcher", like: Inversion, latent: Tensor) -> Inversion:
+    assert like.positive is not None
+    negative = like.positive if like.negative is None else like.negative
+    return invert_ddim(Task(model, like.positive, negative, latent, like.steps, "", 1.0, like.seed, like.sigmas))
+
+
+def _rows(inversion: Inversion, rows: slice) -> Inversion:
+    return replace(inversion, clean=inversion.clean[rows], trajectory=inversion.trajectory[:, rows])
+
+
+def _key(model: "ModelPatcher", pictures: Pair, vae: Any) -> Hashable | None:
+    """What the inverted pictures of a map depend on; None where that is not known."""
+    content, style = pictures
+    options = model.model_options
+    if set(options) - {"transformer_options"} or options.get("transformer_options") or model.wrappers:
+        return None
+    objects = tuple(CACHE.token(o) for o in getattr(model, "object_patches", {}).values())
+    thing = CACHE.token(model.model), model.patches_uuid, objects, CACHE.token(vae)
+    levels = tuple(content.sigmas.tolist())
+    return (*thing, digest(content.positive), levels, content.clean.shape, style.clean.shape)

@@ -1,0 +1,158 @@
+"""Replaying an inversion with the host's SamplerCustomAdvanced: its NOISE and SAMPLER."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..samplers.inversion import Inversion
+from ..samplers.replay import replay
+from ..samplers.step_adain import StepAdaIN
+from .batching import fits
+from .invert import HostModel
+from .models import check_invertible, check_same, identify
+
+
+def check_skip(inversion: Inversion, skip: int) -> None:
+    """Raise ValueError unless the inversion has a step left after `skip` of them."""
+    if not 0 <= skip < inversion.steps:
+        raise ValueError(
+            f"skip must be 0 to {inversion.steps - 1} for this inversion of {inversion.steps} steps, got {skip}"
+        )
+
+
+class ReplayNoise:
+    """The host's NOISE: what, times the first level and added to the clean latent, is the latent that the replay starts
+    from.
+
+    Attributes:
+        inversion: in float32.
+        skip: noisy steps left out.
+        start: [B, C, *S] in the model's coordinates, a latent that replaces the stored one at that level; None for
+            none.
+        seed: of the inversion, for models whose conditioning uses one.
+    """
+
+    def __init__(self, inversion: Inversion, skip: int = 0, start: Tensor | None = None) -> None:
+        self.inversion = inversion
+        self.skip = skip
+        self.start = start
+        self.seed = inversion.seed
+
+    def generate_noise(self, input_latent: dict) -> Tensor:
+        """Noise [B, C, *S] for the host's latent; ValueError when that is not the inversion's."""
+        self.inversion.check_fits(input_latent["samples"].shape)
+        if self.start is None:
+            return self.inversion.noise_at(self.skip)
+        return (self.start - self.inversion.clean) / self.inversion.sigmas[self.skip]
+
+
+class ReplaySampler(comfy.samplers.Sampler):
+    """The host's SAMPLER that replays an inversion. Holds settings only, so that the host may run it again.
+
+    Attributes:
+        skip: noisy steps left out.
+        exact: add the inversion's residual on its last step.
+        adain: takes a reference's statistics after each step, None for none.
+    """
+
+    def __init__(
+        self,
+        inversion: Inversion,
+        skip: int = 0,
+        exact: bool = True,
+        allow_other_model: bool = False,
+        adain: StepAdaIN | None = None,
+    ) -> None:
+        self.inversion = inversion
+        self.skip = skip
+        self.exact = exact
+        self.allow_other_model = allow_other_model
+        self.adain = adain
+
+    def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
+        """Never: the stored latents are `clean + sigma * noise` at the highest level too, without the host's
+        rescaling.
+        """
+        return False
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        """Sample for a host's guider; raises ValueError before any model call when model, size or schedule do not
+        fit.
+        """
+        inversion = self.inversion
+        check_invertible(model_wrap.model_patcher)
+        check_same(inversion.model, identify(model_wrap.model_patcher), self.allow_other_model)
+        inversion.check_fits(noise.shape)
+        self._check_start(inversion.find(sigmas))
+        self._check_adain(noise.shape)
+        self._note_cfg(model_wrap)
+        x = noise * sigmas[0] + latent_image
+        mask = None if denoise_mask is None else _mask_by_level(denoise_mask, model_wrap, sigmas, len(x), extra_args)
+        total = len(sigmas) - 1
+        bar = tqdm(total=total, disable=disable_pbar)
+
+        def report(state: dict) -> None:
+            bar.update()
+            if callback is not None:
+                callback(state["i"], state["denoised"], state["x"], total)
+
+        resident = fits(x, (1 if mask is None else 2) * total)
+        settings: dict[str, Any] = {"inversion": inversion, "exact": self.exact, "mask": mask, "resident": resident}
+        settings["after_step"] = self._resident_adain(x)
+        with bar:
+            return replay(
+                HostModel(model_wrap, inversion.sigmas), x, sigmas, extra_args, report, disable_pbar, **settings
+            )
+
+    def _check_start(self, start: int) -> None:
+        if start != self.skip:
+            raise ValueError(
+                f"the SIGMAS start at step {start} of the inversion, the Replay node at step {self.skip}: to leave out "
+                "noisy steps set "
+                "skip on the Replay node and use its NOISE, SAMPLER and SIGMAS together"
+            )
+
+    def _check_adain(self, shape: torch.Size) -> None:
+        if self.adain is None:
+            return
+        theirs, ours = self.adain.reference.latent_format, self.inversion.latent_format
+        if theirs and ours and theirs != ours:
+            raise ValueError(
+                f"AdaIN's reference is a latent of the kind {theirs}, the replayed inversion one of the kind {ours}: "
+                "their channels mean different things. Invert the reference with a model of the same family"
+            )
+        self.adain.check_fits(shape)
+
+    def _resident_adain(self, x: Tensor) -> StepAdaIN | None:
+        """With its reference on the device, copied there once where it is small beside the free memory."""
+        if self.adain is None:
+            return None
+        reference = self.adain.reference
+        small = fits(reference.clean.to(x), 2 * reference.steps + 2)
+        return replace(self.adain, reference=reference.to(x.device)) if small else self.adain
+
+    def _note_cfg(self, guider: Any) -> None:
+        cfg = getattr(guider, "cfg", None)
+        if isinstance(cfg, (int, float)) and abs(cfg - self.inversion.cfg) > 1e-6:
+            logging.info("Replaying at CFG %g an inversion that was made at CFG %g: an edit.", cfg, self.inversion.cfg)
+
+
+def _mask_by_level(mask: Tensor, guider: Any, sigmas: Tensor, batch: int, extra_args: dict):
+    """The host's denoise mask [B, C, *S] as a function of the level, for nodes that change it
+    (DifferentialDiffusion).
+    """
+    change = extra_args.get("model_options", {}).get("denoise_mask_function")
+    if change is None:
+        return mask
+
+    def at(sigma: Tensor) -> Tensor:
+        return change(sigma.expand(batch), mask, extra_options={"model": guider, "sigmas": sigmas})
+
+    return at

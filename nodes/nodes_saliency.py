@@ -1,0 +1,214 @@
+"""A mask of a picture's subject from the diffusion model's own features."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io, ui
+
+from ..host.find_subject import LOOKS, SIGMA, Request, find_subjects, pixel_size
+from ..pictures.overlay import overlay_subject
+from ..regions.saliency import THRESHOLD, Saliency
+from ..samplers.inversion import Inversion
+from .nodes_inversion import MAX_SEED
+from .schema import schema
+from .types import Inversion as InversionSocket
+
+CATEGORY = "semantic_style/spin"
+MODES = ("hard", "soft")
+MAX_GROW = 256
+# More than this is hardly a subject.
+NEARLY_ALL = 0.6
+
+
+class FindSubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleSaliency",
+            display_name="Find Subject (Semantic Style)",
+            category=CATEGORY,
+            description="A mask of the thing that a picture shows, from what the diffusion model itself sees in it. "
+            "For one thing before a plain background. Look at the preview; draw the mask yourself where it is wrong.",
+            search_aliases=["saliency", "segmentation", "subject mask", "spin"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="SD1.x, SD2.x, SDXL or Paperland. Attention patches on it are left aside."
+                ),
+                io.Float.Input(
+                    "sigma",
+                    default=SIGMA,
+                    min=0.01,
+                    max=100.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="Noise level at which the picture is looked at. Lower sees colours and small shapes, "
+                    "higher what things are.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=THRESHOLD,
+                    min=-0.5,
+                    max=0.95,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="How alike two places must be to count as one thing. Higher makes the subject smaller and "
+                    "purer; lower takes in more of what it consists of.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default=MODES[0],
+                    tooltip="hard: white or black. soft: grey where it is less clear whether a place belongs to the "
+                    "subject.",
+                ),
+                io.Int.Input(
+                    "grow",
+                    default=0,
+                    min=-MAX_GROW,
+                    max=MAX_GROW,
+                    tooltip="Pixels by which the mask is made larger, or smaller below 0. The model sees a little of a "
+                    "thing beside it, so masks tend to be too wide.",
+                ),
+                io.Int.Input(
+                    "looks",
+                    default=LOOKS,
+                    min=1,
+                    max=64,
+                    tooltip="How often the picture is looked at, each time with other noise. More is steadier; each is "
+                    "one model call.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED - 64,
+                    control_after_generate=False,
+                    tooltip="Of the noise. Try another where the wrong thing is found.",
+                ),
+                io.Latent.Input(
+                    "latent", optional=True, tooltip="The picture, encoded. Or connect an inversion; one of the two."
+                ),
+                InversionSocket.Input(
+                    "inversion", optional=True, tooltip="The picture's inversion, in place of its latent."
+                ),
+                io.Conditioning.Input(
+                    "prompt",
+                    optional=True,
+                    tooltip="Prompt to look with; the empty one is a good choice. Needed for a latent; an inversion "
+                    "brings the one that it was made with.",
+                ),
+                io.Image.Input(
+                    "image", optional=True, tooltip="The picture itself: the mask gets its size, the preview shows it."
+                ),
+                io.Boolean.Input(
+                    "allow_other_model",
+                    default=False,
+                    optional=True,
+                    tooltip="Allow an inversion of another checkpoint of the same architecture.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(display_name="mask", tooltip="The subject, one mask for each picture."),
+                io.Image.Output(display_name="preview", tooltip="The picture with what is not subject darkened."),
+                io.String.Output(
+                    display_name="report", tooltip="How large the subject is, how much of the border it has, warnings."
+                ),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        sigma: float,
+        threshold: float,
+        mode: str,
+        grow: int,
+        looks: int,
+        seed: int,
+        latent: dict | None = None,
+        inversion: Inversion | None = None,
+        prompt: list | None = None,
+        image: torch.Tensor | None = None,
+        allow_other_model: bool = False,
+    ) -> io.NodeOutput:
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+        if abs(grow) > MAX_GROW:
+            raise ValueError(f"grow must be from -{MAX_GROW} to {MAX_GROW} pixels, got {grow}")
+        if (latent is None) == (inversion is None):
+            raise ValueError(
+                "connect the picture as latent or as inversion: "
+                + ("neither is connected" if latent is None else "both are, remove one")
+            )
+        reference = inversion if latent is None else latent["samples"]
+        assert reference is not None
+        _check_image(image, reference)
+        found = find_subjects(Request(model, reference, prompt, sigma, looks, seed, threshold, allow_other_model))
+        size = pixel_size(model, reference) if image is None else tuple(image.shape[1:3])
+        mask = torch.stack([_pixels(subject, mode, size, grow) for subject in found])
+        report = _report(found, mask)
+        preview = overlay_subject(mask, image)
+        return io.NodeOutput(mask, preview, report, ui=ui.PreviewImage(preview, cls=cls))
+
+
+def _check_image(image: torch.Tensor | None, reference) -> None:
+    if image is None:
+        return
+    clean = reference.clean if isinstance(reference, Inversion) else reference
+    if len(image) not in (1, len(clean)):
+        raise ValueError(
+            f"the image is a batch of {len(image)} pictures and the reference holds {len(clean)}: connect those that "
+            "were encoded"
+        )
+    (h, w), (latent_h, latent_w) = image.shape[1:3], clean.shape[-2:]
+    if abs(h * latent_w / (w * latent_h) - 1) > 0.1:
+        raise ValueError(
+            f"the image is {w}x{h} but the reference {latent_w}x{latent_h} places: they do not show the same; connect "
+            "the picture that was encoded"
+        )
+
+
+def _pixels(subject: Saliency, mode: str, size: tuple[int, int], grow: int) -> torch.Tensor:
+    """The mask [H, W] of a picture of this size."""
+    places = subject.hard.float() if mode == "hard" else subject.soft
+    mask = F.interpolate(places[None, None], size=size, mode="bilinear")
+    if mode == "hard":
+        mask = (mask > 0.5).float()
+    window = 2 * abs(grow) + 1
+    if grow > 0:
+        mask = F.max_pool2d(mask, window, 1, abs(grow))
+    elif grow < 0:
+        mask = -F.max_pool2d(-mask, window, 1, abs(grow))
+    if not mask.any():
+        raise ValueError(
+            f"nothing is left of the subject, which covers {subject.area:.1%} of the picture: set grow ({grow}) nearer "
+            "to 0, or lower the threshold"
+        )
+    return mask[0, 0]
+
+
+def _report(found: list[Saliency], mask: torch.Tensor) -> str:
+    lines = []
+    for i, (subject, one) in enumerate(zip(found, mask, strict=True), 1):
+        which = f"Picture {i}: " if len(found) > 1 else ""
+        area = one.mean().item()
+        lines.append(
+            f"{which}the subject covers {area:.1%} of the picture and {subject.contact:.1%} of its border; "
+            f"{subject.cuts} cut{'s' if subject.cuts > 1 else ''}."
+        )
+        note = ""
+        if subject.touching:
+            note = "no compact part of the picture stands free of its border, this is the nearest to one"
+        elif area > NEARLY_ALL:
+            note = "the subject is nearly the whole picture"
+        if note:
+            warning = f"{which}{note}: try another threshold or sigma, or draw the mask."
+            logging.warning("Find Subject: %s", warning)
+            lines.append(warning[0].upper() + warning[1:])
+    return "\n".join(lines)
+
+
+NODES: list[type[io.ComfyNode]] = [FindSubject]

@@ -1,0 +1,243 @@
+"""Train the Paperland model on scenes drawn as it goes: `python -m semantic_style.paperland.train --help` (see
+paperland/README.md).
+
+Every step draws its scenes, noise levels and noise from the run's seed and the step's number, so a resumed run goes
+on as if it had never
+stopped. The learning rate is flat until the last `cooldown` steps and then falls to zero: a run can be lengthened
+before that.
+"""
+
+import argparse
+import csv
+import random
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import scenes
+from .model import TIMESTEPS, Paperland, decode_pixels, encode_pixels, save, sigmas_normal
+
+NULL_SHARE = 0.1  # captions replaced by the empty one, for classifier-free guidance
+PHRASE_DROPPED, PHRASE_BARE = 0.06, 0.08  # phrases left out, and left without their colours and texture
+VALIDATION_SIGMAS = (0.1, 0.4, 1.0, 3.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    out: Path
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    cooldown: int
+    weight_sigma: float
+    ema: float
+    seed: int
+    device: str
+    save_every: int
+    sheet_every: int
+
+
+def thin(caption: str, rng: random.Random) -> str:
+    """A caption with some phrases, or their colours and textures, left out, as users leave them out."""
+    if rng.random() < NULL_SHARE:
+        return ""
+    phrases = []
+    for phrase in caption.split(", "):
+        draw = rng.random()
+        if draw < PHRASE_DROPPED:
+            continue
+        phrases.append(phrase.rsplit(" ", 1)[-1] if draw < PHRASE_DROPPED + PHRASE_BARE else phrase)
+    rng.shuffle(phrases)
+    return ", ".join(phrases)
+
+
+def batch_of(step: int, settings: Settings) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    """Clean latents [B, 48, 32, 32], captions, timesteps [B] and noise of one step."""
+    g = scenes.seeded(settings.seed * 1_000_003 + step, settings.device)
+    drawn = scenes.draw(scenes.sample_layouts(settings.batch, g), scenes.sample_styles(settings.batch, g))
+    clean = encode_pixels(drawn.images)
+    rng = random.Random(settings.seed * 1_000_003 + step)
+    offset = torch.rand(1, generator=g, device=g.device)
+    spread = (
+        torch.arange(settings.batch, device=g.device) + offset
+    ) / settings.batch  # even over the levels in every batch
+    timesteps = (spread * TIMESTEPS).long().clamp_max(TIMESTEPS - 1)
+    noise = torch.randn(clean.shape, generator=g, device=g.device)
+    return clean, [thin(c, rng) for c in drawn.captions], timesteps, noise
+
+
+def loss_of(model: Paperland, step: int, settings: Settings) -> Tensor:
+    """Weighted error of the predicted v. The weight sigma^2 / (sigma^2 + c^2) takes from the lowest levels, where v
+    is little but
+    the noise itself: c = 0 is the plain v loss, c = 1 the loss of the denoised picture."""
+    clean, captions, timesteps, noise = batch_of(step, settings)
+    sigma = model.sigmas[timesteps].view(-1, 1, 1, 1)
+    a, s = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+    with torch.autocast(clean.device.type, torch.bfloat16):
+        v = model.unet(a * clean + s * noise, timesteps.float(), model.text(captions))
+    error = (v.float() - (a * noise - s * clean)).square().mean(dim=(1, 2, 3))
+    weight = (sigma**2 / (sigma**2 + settings.weight_sigma**2)).flatten()
+    return (weight * error).mean()
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    rise = min(1.0, (step + 1) / max(1, settings.warmup))
+    fall = min(1.0, (settings.steps - step) / max(1, settings.cooldown))
+    return settings.lr * rise * fall
+
+
+@torch.no_grad()
+def validate(model: Paperland, device: str, count: int = 24) -> dict[str, float]:
+    """Root mean square error of the denoised latents (model scale) of fixed unseen scenes, per noise level."""
+    g = scenes.seeded(987_654_321, device)
+    drawn = scenes.draw(scenes.sample_layouts(count, g), scenes.sample_styles(count, g))
+    clean = encode_pixels(drawn.images)
+    noise = torch.randn(clean.shape, generator=g, device=g.device)
+    context = model.text(drawn.captions)
+    return {
+        f"rmse_{sigma:g}": (model(clean + sigma * noise, clean.new_full((count,), sigma), context) - clean)
+        .square()
+        .mean()
+        .sqrt()
+        .item()
+        for sigma in VALIDATION_SIGMAS
+    }
+
+
+@torch.no_grad()
+def sample(
+    model: Paperland, captions: list[str], steps: int = 24, cfg: float = 3.0, seed: int = 1, size: int = 32
+) -> Tensor:
+    """Images [B, H, W, 3] of captions by ancestral DDPM steps from noise."""
+    device = model.sigmas.device
+    g = torch.Generator().manual_seed(seed)
+    levels = sigmas_normal(steps).to(device)
+    guided = model.guided(model.text(captions), model.text([""]), cfg)
+    shape = (len(captions), model.unet.config.channels_in, size, size)
+    x = torch.randn(shape, generator=g).to(device) * (1 + levels[0] ** 2).sqrt()
+    for s, s_next in pairwise(levels):
+        denoised = guided(x, s.expand(len(x)))
+        up = (s_next**2 * (s**2 - s_next**2) / s**2).sqrt()
+        x = denoised + s_next**2 / s * (x - denoised) / s + up * torch.randn(shape, generator=g).to(device)
+    return decode_pixels(x)
+
+
+def write_sheet(model: Paperland, path: Path, count: int = 8) -> None:
+    """Samples (above) of the captions of unseen scenes (below)."""
+    from PIL import Image
+
+    g = scenes.seeded(55_555)
+    drawn = scenes.draw(scenes.sample_layouts(count, g), scenes.sample_styles(count, g))
+    made = sample(model, drawn.captions).cpu()
+    rows = torch.cat([torch.cat(list(images), dim=1) for images in (made, drawn.images)])
+    Image.fromarray((rows * 255).round().byte().numpy()).save(path)
+
+
+def train(settings: Settings) -> None:
+    """Run or resume a training; the state, the log, the sheets and the checkpoint are written into `settings.out`."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    model = Paperland().to(settings.device)
+    for block in model.unet.modules():  # start every residual branch at nothing
+        if hasattr(block, "out_layers"):
+            torch.nn.init.zeros_(block.out_layers[-1].weight)
+        if hasattr(block, "proj_out"):
+            torch.nn.init.zeros_(block.proj_out.weight)
+    averaged = Paperland().to(settings.device).requires_grad_(False)
+    averaged.load_state_dict(model.state_dict())
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+    state_path, first = settings.out / "state.pt", 0
+    if state_path.exists():
+        state = torch.load(state_path, map_location=settings.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+
+    def keep(step: int) -> None:
+        partial = state_path.with_suffix(".new")
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "averaged": averaged.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+            },
+            partial,
+        )
+        partial.replace(state_path)
+        save(averaged, settings.out / "paperland.safetensors", {"steps": str(step), "batch": str(settings.batch)})
+
+    running, since = 0.0, time.perf_counter()
+    for step in range(first, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        loss = loss_of(model, step, settings)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(settings.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, value in zip(averaged.parameters(), model.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+        running += loss.item()
+        done = step + 1
+        if done % 50 == 0:
+            rate = 50 * settings.batch / (time.perf_counter() - since)
+            row = {"step": done, "loss": f"{running / 50:.5f}", "images_per_second": f"{rate:.1f}"}
+            write_row(settings.out / "log.csv", row)
+            print(row, flush=True)
+            running, since = 0.0, time.perf_counter()
+        last = done == settings.steps
+        if done % settings.save_every == 0 or last:
+            keep(done)
+        if done % settings.sheet_every == 0 or last:
+            figures = validate(averaged, settings.device)
+            write_row(settings.out / "validation.csv", {"step": done, **{k: f"{v:.5f}" for k, v in figures.items()}})
+            print(done, figures, flush=True)
+            write_sheet(averaged, settings.out / f"sheet_{done:06d}.png")
+            since = time.perf_counter()
+
+
+def write_row(path: Path, row: dict[str, object]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "runs" / "paperland", help="folder of the run"
+    )
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=200, help="steps over which the learning rate rises")
+    parser.add_argument(
+        "--cooldown", type=int, default=4000, help="last steps, over which the learning rate falls to zero"
+    )
+    parser.add_argument("--weight-sigma", type=float, default=0.2, help="c of the loss weight: see loss_of")
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--sheet-every", type=int, default=500)
+    train(Settings(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

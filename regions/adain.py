@@ -1,0 +1,191 @@
+"""Adaptive instance normalisation, of whole images and per semantic region.
+
+AdaIN: Huang and Belongie, "Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization", ICCV 2017, eq.
+8. S-AdaIN, the same per region: Shang et al., "SCSA: A Plug-and-Play Semantic Continuous-Sparse Attention for Arbitrary
+Semantic Style Transfer", CVPR 2025. Variances are biased and get `eps` inside the root on both sides, so that constant
+regions and regions of one place are well defined.
+"""
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from .semantic_map import SemanticMap, check_labels
+
+EPS = 1e-5
+# A standard deviation of fewer places says nothing about a style; such regions take the statistics of the whole style.
+MIN_PLACES = 4
+
+
+def adain(content: Tensor, style: Tensor, eps: float = EPS, strength: float = 1.0) -> Tensor:
+    """Content with the channel means and standard deviations of the style.
+
+    `(c - mu(c)) / sqrt(var(c) + eps) * sqrt(var(s) + eps) + mu(s)`, the statistics over all places of each image.
+
+    Args:
+        content: [B, C, *S], any number of space (and time) axes.
+        style: [B', C, *S'], B' = B or 1, another size is fine.
+        eps: added to both variances.
+        strength: 0 gives the content back, 1 the full effect, linear between.
+    Returns:
+        [B, C, *S] in the content's dtype; computed in float32 at least.
+    Raises:
+        ValueError: shapes that do not fit, or a strength outside 0..1.
+    """
+    _check_pair(content, style, strength)
+    c, s = _flat(content), _flat(style)
+    out = _restyle(c, *_moments(c), *_moments(s), eps)
+    return _blend(content, out, strength)
+
+
+def region_adain(
+    content: Tensor,
+    style: Tensor,
+    content_labels: Tensor,
+    style_labels: Tensor,
+    min_places: int = MIN_PLACES,
+    eps: float = EPS,
+    strength: float = 1.0,
+) -> Tensor:
+    """S-AdaIN: every region of the content takes mean and standard deviation of the same region of the style.
+
+    Content is always normalised by its own region. A region that the style lacks, or where the style has fewer than
+    `min_places` places, takes the statistics of the whole style image (our reading: the published code divides by
+    zero).
+
+    Args:
+        content: [B, C, H, W]; style: [B', C, H', W'], B' = B or 1.
+        content_labels: integers [B or 1, H, W]; style_labels: integers [B' or 1, H', W'].
+        min_places: fewest places that a style region needs to count (at least 1).
+        eps, strength: as in `adain`.
+    Returns:
+        [B, C, H, W] in the content's dtype; computed in float32 at least. Finite for finite inputs.
+    Raises:
+        ValueError: shapes that do not fit (resample the labels first), a strength outside 0..1, min_places below 1.
+    """
+    _check_pair(content, style, strength)
+    _check_region_shapes(content, content_labels, "content")
+    _check_region_shapes(style, style_labels, "style")
+    if min_places < 1:
+        raise ValueError(f"min_places must be at least 1, got {min_places}")
+    c, s = _flat(content), _flat(style)
+    b = len(content)
+    regions = torch.unique(content_labels).to(content.device)
+    inside_c = _membership(content_labels.to(content.device), regions, b, c.dtype)
+    inside_s = _membership(style_labels.to(content.device), regions, len(style), c.dtype)
+    mean_c, var_c, _ = _region_moments(c, inside_c)
+    mean_s, var_s, places = _region_moments(s, inside_s)
+    mean_all, var_all = _moments(s)
+    known = (places >= min_places)[:, None, :]
+    mean_s = torch.where(known, mean_s, mean_all)
+    var_s = torch.where(known, var_s, var_all)
+    # The membership is one-hot, so this product picks for every place the statistics of its own region.
+    own_mean, own_var, new_mean, new_var = (
+        stat.expand(b, -1, -1) @ inside_c for stat in (mean_c, var_c, mean_s, var_s)
+    )
+    return _blend(content, _restyle(c, own_mean, own_var, new_mean, new_var, eps), strength)
+
+
+def adain_latents(content: Tensor, style: Tensor, regions: SemanticMap | None = None, strength: float = 1.0) -> Tensor:
+    """AdaIN of images or video, region by region where a semantic map is given.
+
+    Args:
+        content: [B, C, H, W] or [B, C, T, H, W].
+        style: the same, another size is fine; one for all or one for each image or frame.
+        regions: maps at any resolution. Every frame has its own, or all share one.
+        strength: as in `adain`.
+    Returns:
+        The content's shape and dtype.
+    Raises:
+        ValueError: shapes that do not fit, or a strength outside 0..1.
+    """
+    style = style.to(content.device)
+    if regions is None:
+        return adain(content, style, strength=strength)
+    frames, theirs = _frames(content), _frames(style)
+    if len(theirs) not in (1, len(frames)):
+        raise ValueError(f"AdaIN per region needs one style frame or one for each of {len(frames)}, got {len(theirs)}")
+    at = regions.at(tuple(content.shape[-2:]), tuple(style.shape[-2:]))
+    out = region_adain(frames, theirs, _per_frame(at.content, content), _per_frame(at.style, style), strength=strength)
+    return out if content.ndim == 4 else rearrange(out, "(b t) c h w -> b c t h w", b=len(content))
+
+
+def _frames(latent: Tensor) -> Tensor:
+    return latent if latent.ndim == 4 else rearrange(latent, "b c t h w -> (b t) c h w")
+
+
+def _per_frame(labels: Tensor, latent: Tensor) -> Tensor:
+    """One map per video serves all its frames."""
+    if latent.ndim == 5 and 1 < len(labels) == len(latent):
+        return repeat(labels, "b h w -> (b t) h w", t=latent.shape[2])
+    return labels
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, C, *S] -> [B, C, places] in float32 at least: sums of squares overflow half precision."""
+    return rearrange(x, "b c ... -> b c (...)").to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over places, [B, C, 1] each."""
+    mean = x.mean(dim=-1, keepdim=True)
+    return mean, (x - mean).square().mean(dim=-1, keepdim=True)
+
+
+def _membership(labels: Tensor, regions: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """One-hot [B, R, places] of which place belongs to which of the R regions."""
+    flat = rearrange(labels, "b h w -> b 1 (h w)")
+    return (flat == regions[:, None]).to(dtype).expand(batch, -1, -1)
+
+
+def _region_moments(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per region [B, C, R], and how many places each has [B, R]; zeros where it has none."""
+    places = inside.sum(dim=-1)
+    members = rearrange(inside, "b r n -> b n r") / places.clamp(min=1)[:, None, :]
+    mean = x @ members
+    # Two passes: the mean of squares minus the squared mean cancels badly for noisy latents far from zero.
+    centred = x - mean @ inside
+    return mean, centred.square() @ members, places
+
+
+def _restyle(c: Tensor, mean_c: Tensor, var_c: Tensor, mean_s: Tensor, var_s: Tensor, eps: float) -> Tensor:
+    return (c - mean_c) / (var_c + eps).sqrt() * (var_s + eps).sqrt() + mean_s
+
+
+def _blend(content: Tensor, out: Tensor, strength: float) -> Tensor:
+    out = out.reshape(content.shape).to(content.dtype)
+    if strength == 1.0:
+        return out
+    return torch.lerp(content, out, strength)
+
+
+def _check_pair(content: Tensor, style: Tensor, strength: float) -> None:
+    if content.ndim < 3 or style.ndim < 3:
+        raise ValueError(
+            f"AdaIN needs [B, C, ...] tensors with places, got content {list(content.shape)} and style "
+            f"{list(style.shape)}"
+        )
+    if content.shape[1] != style.shape[1]:
+        raise ValueError(
+            f"content has {content.shape[1]} channels and style {style.shape[1]}: both must come from the same kind of "
+            "model"
+        )
+    if len(style) not in (1, len(content)):
+        raise ValueError(
+            f"AdaIN needs one style or one for each content: got {len(content)} contents, {len(style)} styles"
+        )
+    if 0 in content.shape or 0 in style.shape:
+        raise ValueError(f"AdaIN on an empty tensor: content {list(content.shape)}, style {list(style.shape)}")
+    if not 0.0 <= strength <= 1.0:
+        raise ValueError(f"strength must be between 0 and 1, got {strength}")
+
+
+def _check_region_shapes(x: Tensor, labels: Tensor, name: str) -> None:
+    check_labels(labels, f"{name} labels")
+    if x.ndim != 4:
+        raise ValueError(f"region AdaIN needs {name} [B, C, H, W], got {list(x.shape)}")
+    if labels.shape[1:] != x.shape[2:] or len(labels) not in (1, len(x)):
+        raise ValueError(
+            f"{name} labels {list(labels.shape)} do not fit {name} {list(x.shape)}: expected [{len(x)} or 1, "
+            f"{x.shape[2]}, {x.shape[3]}]; resample_labels brings them to that grid"
+        )
