@@ -1,13 +1,15 @@
-# Everything runs in a virtual environment that tools/setup.py makes on the first call (.venv, or $SEMANTIC_STYLE_VENV).
-#   make demo    the demo graphs in a headless ComfyUI, or the same pictures without it; writes output/
-#   make test    all tests; those that need ComfyUI are skipped with a reason where there is none
-#   make setup   only the environment; tries again to install ComfyUI where that failed before
+# Everything runs in a virtual environment that tools/setup.py makes on the first call (.venv, or $SEMANTIC_STYLE_VENV),
+# and in a real ComfyUI, which it finds or brings.
+#   make demo    the demo graphs in a headless ComfyUI; writes output/
+#   make test    all tests
+#   make quick   those of them that take no time, for work in between
+#   make setup   only the environment
 #   make lint    ruff and mypy
 #   make clean   caches and output/; `make distclean` the environment, too
 PYTHON ?= python3
 IN_VENV = $(PYTHON) tools/setup.py --
 
-.PHONY: demo test setup lint clean distclean
+.PHONY: demo test quick setup lint clean distclean
 
 demo:
 	@$(IN_VENV) tools/run.py demo.run $(ARGS)
@@ -15,8 +17,11 @@ demo:
 test:
 	@$(IN_VENV) -m pytest $(ARGS)
 
+quick:
+	@$(IN_VENV) -m pytest -m "not slow" $(ARGS)
+
 setup:
-	@$(PYTHON) tools/setup.py --retry-host
+	@$(PYTHON) tools/setup.py
 
 lint:
 	@$(IN_VENV) -m ruff check .

@@ -19,7 +19,7 @@ def bring_in_host(threads: int = 0) -> None:
     """Make ComfyUI importable, told its device; ends the program where there is none. 0 threads: PyTorch's choice."""
     host = locate.find_host(ROOT)
     if host is None:
-        sys.exit(locate.why_no_host())
+        sys.exit(locate.NO_HOST)
     sys.path.insert(0, str(host))
     import comfy.cli_args
 

@@ -65,7 +65,7 @@ GRAPHS = (
 def run_graphs(host: Path, output: Path) -> list[Row]:
     """Run the graphs in the ComfyUI in folder `host`; gives back the rows of the sheet."""
     log = output / "comfyui.log"
-    print(f"Starting ComfyUI ({host}); its log is {log}", flush=True)
+    print(f"Starting {locate.describe(host, ROOT)}; its log is {log}", flush=True)
     rows = []
     with comfy_server(host, ROOT, log=log) as server, Client(server.address) as client:
         for graph in GRAPHS:

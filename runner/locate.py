@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-NO_HOST = "no ComfyUI in $COMFYUI_PATH, around the pack's folder or in ~/comfy/ComfyUI"
-SWITCHED_OFF = "SEMANTIC_STYLE_NO_HOST is set"
+NO_HOST = "no ComfyUI in $COMFYUI_PATH, around the pack's folder, in ~/comfy/ComfyUI or in the pack's own environment"
+# Below the pack's environment: a ComfyUI that the set-up took from the package index, nobody's own.
+OWN = "comfyui"
 
 
 def is_host(folder: Path) -> bool:
@@ -18,21 +20,29 @@ def is_host(folder: Path) -> bool:
 def find_host(root: Path) -> Path | None:
     """The ComfyUI to run the pack in, or None.
 
-    Looked for in `$COMFYUI_PATH`, the ComfyUI whose `custom_nodes` holds the pack (`root`), and comfy-cli's default
-    workspace `~/comfy/ComfyUI`, in this order. `SEMANTIC_STYLE_NO_HOST=1` finds none.
+    Looked for in `$COMFYUI_PATH`, the ComfyUI whose `custom_nodes` holds the pack (`root`), comfy-cli's default
+    workspace `~/comfy/ComfyUI`, and the pack's own environment, in this order.
     """
-    if switched_off():
-        return None
     return next((folder for folder in _candidates(root) if is_host(folder)), None)
 
 
-def why_no_host() -> str:
-    """The reason, in one line, that `find_host` had to give back None."""
-    return SWITCHED_OFF if switched_off() else NO_HOST
+def environment(root: Path) -> Path:
+    """The pack's own virtual environment: `$SEMANTIC_STYLE_VENV`, or .venv in its folder."""
+    named = os.environ.get("SEMANTIC_STYLE_VENV")
+    return Path(named).expanduser().absolute() if named else root / ".venv"
 
 
-def switched_off() -> bool:
-    return os.environ.get("SEMANTIC_STYLE_NO_HOST", "") not in ("", "0")
+def describe(host: Path, root: Path) -> str:
+    """A ComfyUI in words: its version, whose it is, where it lies."""
+    try:
+        text = (host / "comfyui_version.py").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    version = re.search(r'__version__ = "([^"]+)"', text)
+    name = f"ComfyUI {version.group(1)}" if version else "ComfyUI of an unknown version"
+    if host == environment(root) / OWN:
+        return f"{name} of the pack's own environment, taken from the package index ({host})"
+    return f"{name} in {host}"
 
 
 def _candidates(root: Path) -> Iterator[Path]:
@@ -43,6 +53,7 @@ def _candidates(root: Path) -> Iterator[Path]:
             if parent.name == "custom_nodes":
                 yield parent.parent
     yield Path("~/comfy/ComfyUI").expanduser()
+    yield environment(root) / OWN
 
 
 def _names_of(root: Path) -> Iterator[Path]:

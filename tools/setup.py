@@ -1,14 +1,13 @@
 """Make what `make demo` and `make test` need, once, then run a command in it.
 
-    python3 tools/setup.py [--retry-host] [-- ARGUMENTS FOR THE ENVIRONMENT'S PYTHON]
+    python3 tools/setup.py [-- ARGUMENTS FOR THE ENVIRONMENT'S PYTHON]
 
 Standard library only, any Python from 3.10 on. It makes a virtual environment (.venv, or $SEMANTIC_STYLE_VENV), finds
-ComfyUI (see runner/locate.py) or installs it with comfy-cli, and installs the dependencies of both the pack and
-ComfyUI. ComfyUI's own environment is never touched: the pack's environment gets ComfyUI's requirements, too.
+ComfyUI (runner/locate.py) or brings one (host_install.py), and installs the requirements of both the pack and ComfyUI.
+A ComfyUI that is there already, and its environment, are never touched.
 
-A later call compares a stamp and does nothing more. An attempt to install ComfyUI that failed is written down as well
-and repeated only with --retry-host (`make setup`). An environment named by $SEMANTIC_STYLE_VENV that was made by
-somebody else is used as it is, never changed.
+A later call compares a stamp and does nothing more. An environment named by $SEMANTIC_STYLE_VENV that was made by
+somebody else is used as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from comfy_install import install_host
+from host_install import HostError, install_from_index, install_with_comfy_cli
 
 ROOT = Path(__file__).absolute().parent.parent
 OLDEST = (3, 10)
@@ -35,8 +34,8 @@ NEWEST = (3, 14)
 OTHER_PYTHONS = ("python3.12", "python3.13", "python3.11", "python3.14", "python3.10")
 
 STAMP = "semantic-style.json"
-STAMP_FORMAT = 1
-HOST_FOLDER = Path("~/comfy/ComfyUI").expanduser()
+STAMP_FORMAT = "2"
+COMFY_CLI_WORKSPACE = Path("~/comfy/ComfyUI").expanduser()
 # What ComfyUI imports but does not list.
 HOST_EXTRAS = ["requests"]
 
@@ -50,7 +49,7 @@ def say(text: str) -> None:
 
 
 def load_locate() -> ModuleType:
-    """runner/locate.py as a module, without the package around it, which needs torch."""
+    """runner/locate.py as a module, without the package around it."""
     spec = importlib.util.spec_from_file_location("locate", ROOT / "runner" / "locate.py")
     assert spec is not None
     assert spec.loader is not None
@@ -63,10 +62,10 @@ locate = load_locate()
 
 
 def declared(pyproject: str) -> list[str]:
-    """The requirements of the pack with its extras `demo` and `test`, from the text of pyproject.toml."""
+    """The requirements of the pack with its extra `dev`, from the text of pyproject.toml."""
     # tomllib came with 3.11; an array of plain strings is a Python literal as well.
     requirements: list[str] = []
-    for name in ("dependencies", "demo", "test"):
+    for name in ("dependencies", "dev"):
         array = re.search(rf"^{name} = (\[.*?^\])", pyproject, re.MULTILINE | re.DOTALL)
         if array is None:
             raise SetupError(f"pyproject.toml has no list `{name} = [...]`")
@@ -74,44 +73,36 @@ def declared(pyproject: str) -> list[str]:
     return requirements
 
 
-def pack_requirements() -> list[str]:
-    return declared((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-
-def host_requirements(host: Path) -> list[str]:
+def requirements(host: Path) -> list[str]:
+    """Of the pack and of a ComfyUI."""
     lines = (host / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in (line.split("#")[0].strip() for line in lines) if line] + HOST_EXTRAS
+    of_host = [line for line in (line.split("#")[0].strip() for line in lines) if line]
+    return [*declared((ROOT / "pyproject.toml").read_text(encoding="utf-8")), *of_host, *HOST_EXTRAS]
 
 
-def digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join((str(STAMP_FORMAT), *parts)).encode()).hexdigest()
-
-
-def pack_key() -> str:
-    """Changes with what the pack needs."""
-    return digest(*pack_requirements())
-
-
-def host_key(host: Path) -> str:
-    """Changes with the ComfyUI that is used and with what it needs."""
-    return digest(str(host), *host_requirements(host))
+def key(host: Path) -> str:
+    """Changes with the ComfyUI that is used and with all that is needed."""
+    return hashlib.sha256("\0".join((STAMP_FORMAT, str(host), *requirements(host))).encode()).hexdigest()
 
 
 def python_of(venv: Path) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def read_stamp(venv: Path) -> dict:
+def read_stamp(venv: Path) -> dict | None:
+    """What the last set-up wrote down; None for an environment that is not ours."""
     try:
         return json.loads((venv / STAMP).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError):
         return {}
 
 
-def write_stamp(venv: Path, **entries) -> None:
+def write_stamp(venv: Path, **entries: str) -> None:
     # Replaced in one step: an interrupted write must not look like a finished set-up.
     new = venv / (STAMP + ".new")
-    new.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    new.write_text(json.dumps(entries), encoding="utf-8")
     os.replace(new, venv / STAMP)
 
 
@@ -133,16 +124,9 @@ def make_venv(venv: Path) -> None:
         if made.returncode != 0 or not works(python):
             raise SetupError(f"{sys.executable} cannot make virtual environments; on Debian: apt install python3-venv")
         write_stamp(venv)
-    if subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
-        return
-    if subprocess.run([python, "-m", "ensurepip", "--upgrade"], capture_output=True).returncode != 0:
-        borrow_pip(python)
-
-
-def borrow_pip(python: Path) -> None:
-    """pip for an environment whose Python comes without ensurepip, by the pip of the Python that runs this."""
-    lend = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install", "pip"]
-    if subprocess.run(lend, capture_output=True).returncode != 0:
+    lend = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "pip"]
+    ways = ([python, "-m", "pip", "--version"], [python, "-m", "ensurepip", "--upgrade"], lend)
+    if all(subprocess.run(command, capture_output=True).returncode != 0 for command in ways):
         raise SetupError(f"{sys.executable} has neither ensurepip nor pip; on Debian: apt install python3-venv")
 
 
@@ -154,75 +138,35 @@ def pip_install(python: Path, *arguments: str) -> None:
         raise SetupError(f"pip failed; is PyPI reachable? The command was: {' '.join(command)}")
 
 
-def missing_in(python: Path, requirements: list[str]) -> list[str]:
-    """Those of the requirements whose distribution an environment lacks (versions are not compared)."""
-    names = [re.split(r"[^A-Za-z0-9._-]", item)[0] for item in requirements]
-    code = (
-        "import sys, importlib.metadata as m\n"
-        "for n in sys.argv[1:]:\n"
-        "    try: m.version(n)\n"
-        "    except m.PackageNotFoundError: print(n)\n"
-    )
-    found = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
-    return sorted(set(found.stdout.split()))
-
-
-def is_foreign(venv: Path) -> bool:
-    return not (venv / STAMP).exists() and works(python_of(venv))
-
-
-def check_foreign(venv: Path, host: Path | None) -> None:
-    """Refuse an environment of somebody else's that lacks something: it is theirs, so nothing is installed into it."""
-    missing = missing_in(python_of(venv), pack_requirements() + (host_requirements(host) if host else []))
-    if missing:
+def bring_host(venv: Path) -> Path:
+    """A new ComfyUI, with comfy-cli where git reaches it, else from the package index."""
+    say("no ComfyUI here; looking for it on the network")
+    try:
+        install_with_comfy_cli(venv, python_of(venv), COMFY_CLI_WORKSPACE)
+        return COMFY_CLI_WORKSPACE
+    except HostError as error:
+        say(f"not by git: {error}")
+    own = venv / locate.OWN
+    try:
+        install_from_index(python_of(venv), own)
+    except HostError as error:
         raise SetupError(
-            f"SEMANTIC_STYLE_VENV={venv} lacks {', '.join(missing)}. It was not made by this script, so it is left "
-            f"alone. Install them: {python_of(venv)} -m pip install {' '.join(missing)}"
-        )
+            f"ComfyUI cannot be had: {error}. Set COMFYUI_PATH to the folder of a ComfyUI, the one with main.py"
+        ) from error
+    return own
 
 
-def is_up_to_date(venv: Path, stamp: dict, host: Path | None) -> bool:
-    fits_host = host is None or stamp.get("host") == host_key(host)
-    return fits_host and stamp.get("pack") == pack_key() and works(python_of(venv))
-
-
-def set_up(venv: Path, host: Path | None, retry_host: bool) -> None:
-    """Bring our environment at `venv` up to date for the ComfyUI in `host`; without one, try to install it first."""
-    stamp = read_stamp(venv)
-    failure = stamp.get("host_failure")
-    try_host = host is None and not locate.switched_off() and (retry_host or not failure)
-    if not try_host and is_up_to_date(venv, stamp, host):
-        if host is None:
-            say_without_host(failure)
+def set_up(venv: Path, host: Path | None) -> None:
+    """Bring our environment at `venv` up to date for the ComfyUI in `host`, or for a new one."""
+    stamp = read_stamp(venv) or {}
+    if host is not None and stamp.get("key") == key(host) and works(python_of(venv)):
         return
     make_venv(venv)
-    if try_host:
-        say("looking for ComfyUI on the network")
-        failure = install_host(venv, python_of(venv), HOST_FOLDER)
-        host = locate.find_host(ROOT)
-    if host is None:
-        say_without_host(failure)
-        say("installing the pack's requirements")
-        pip_install(python_of(venv), *pack_requirements())
-        # What was installed for a ComfyUI that is out of sight now is still there.
-        write_stamp(venv, pack=pack_key(), host=stamp.get("host"), host_failure=failure)
-    else:
-        say(f"installing the pack's and ComfyUI's requirements (ComfyUI: {host})")
-        pip_install(python_of(venv), *pack_requirements(), *host_requirements(host))
-        write_stamp(venv, pack=pack_key(), host=host_key(host))
-
-
-def say_without_host(failure: str | None) -> None:
-    reason = locate.why_no_host()
-    if failure and not locate.switched_off():
-        reason += f"; installing it failed: {failure}. `make setup` tries again"
-    say(f"going on without ComfyUI: {reason}")
-
-
-def warn_of_wrong_path() -> None:
-    named = os.environ.get("COMFYUI_PATH")
-    if named and not locate.switched_off() and not locate.is_host(Path(named).expanduser()):
-        say(f"COMFYUI_PATH={named} is no ComfyUI; looking on without it")
+    host = host or bring_host(venv)
+    say(f"host: {locate.describe(host, ROOT)}")
+    say("installing the pack's and ComfyUI's requirements")
+    pip_install(python_of(venv), *requirements(host))
+    write_stamp(venv, key=key(host))
 
 
 @contextlib.contextmanager
@@ -233,7 +177,6 @@ def only_one(lock: Path):
     except ImportError:
         yield
         return
-    lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -255,24 +198,19 @@ def suitable_python() -> str | None:
 def main(arguments: list[str]) -> None:
     if other := suitable_python():
         os.execv(other, [other, __file__, *arguments])
-    command: list[str] = []
-    if "--" in arguments:
-        cut = arguments.index("--")
-        arguments, command = arguments[:cut], arguments[cut + 1 :]
-    unknown = [argument for argument in arguments if argument != "--retry-host"]
-    if unknown:
-        raise SetupError(f"unknown argument {unknown[0]}\n{__doc__}")
-    named = os.environ.get("SEMANTIC_STYLE_VENV")
-    venv = Path(named).expanduser().absolute() if named else ROOT / ".venv"
-    host = locate.find_host(ROOT)
-    warn_of_wrong_path()
-    if named and is_foreign(venv):
-        check_foreign(venv, host)
+    if arguments and arguments[0] != "--":
+        raise SetupError(f"unknown argument {arguments[0]}\n{__doc__}")
+    venv, host = locate.environment(ROOT), locate.find_host(ROOT)
+    named = os.environ.get("COMFYUI_PATH")
+    if named and not locate.is_host(Path(named).expanduser()):
+        say(f"COMFYUI_PATH={named} is no ComfyUI; looking on without it")
+    if os.environ.get("SEMANTIC_STYLE_VENV") and works(python_of(venv)) and read_stamp(venv) is None:
+        say(f"{venv} was not made by this script: it is used as it is")
     else:
         with only_one(ROOT / ".venv.lock"):
-            set_up(venv, host, "--retry-host" in arguments)
-    if command:
-        run_in(python_of(venv), command)
+            set_up(venv, host)
+    if arguments[1:]:
+        run_in(python_of(venv), arguments[1:])
 
 
 def run_in(python: Path, command: list[str]) -> None:

@@ -221,7 +221,7 @@ def make(names: list[str], views: Path | None, run: bool) -> None:
 
     host = locate.find_host(ROOT)
     if host is None:
-        sys.exit(f"ComfyUI is needed: {locate.why_no_host()}")
+        sys.exit(f"ComfyUI is needed: {locate.NO_HOST}")
     with comfy_server(host, ROOT) as server, Client(server.address) as client:
         with open_frontend(server.address) as frontend:
             for name in names:

@@ -29,31 +29,11 @@ def _bring_in_host(folder: Path, base: Path) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     folder = locate.find_host(ROOT)
-    if folder is not None:
-        base = tempfile.TemporaryDirectory(prefix="semantic-style-tests-")
-        config.add_cleanup(base.cleanup)
-        _bring_in_host(folder, Path(base.name))
-
-
-class HostlessModule(pytest.File):
-    """Stands for a test file that cannot even be imported without ComfyUI; tests/conftest.py skips what is in it."""
-
-    def collect(self) -> Iterator[pytest.Item]:
-        yield HostlessTests.from_parent(self, name="all")
-
-
-class HostlessTests(pytest.Item):
-    def runtest(self) -> None:
-        pytest.skip(locate.why_no_host())
-
-    def reportinfo(self) -> tuple[Path, int, str]:
-        return self.path, 0, self.name
-
-
-def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.File | None:
-    if locate.find_host(ROOT) is not None:
-        return None
-    return HostlessModule.from_parent(parent, path=module_path)
+    if folder is None:
+        raise pytest.UsageError(f"{locate.NO_HOST}: `make setup` brings one")
+    base = tempfile.TemporaryDirectory(prefix="semantic-style-tests-")
+    config.add_cleanup(base.cleanup)
+    _bring_in_host(folder, Path(base.name))
 
 
 @pytest.fixture(scope="module")

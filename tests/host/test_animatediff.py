@@ -44,7 +44,7 @@ def peer(host_folder):
     where = Path(named) if named else host_folder / "custom_nodes"
     folder = next((f for f in where.glob("*") if f.name.lower() == FOLDER), None)
     if folder is None:
-        pytest.skip(f"no AnimateDiff-Evolved in {where} (set SEMANTIC_STYLE_PEERS to the folder that holds it)")
+        pytest.skip(f"no peer packs: no AnimateDiff-Evolved in {where} ($SEMANTIC_STYLE_PEERS)")
     name = "animatediff_evolved"
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]

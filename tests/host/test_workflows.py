@@ -256,7 +256,7 @@ def test_a_moving_scene_is_restyled_frame_by_frame(comfy_client: Client) -> None
 def put_photo(server: Any, graph: Graph, photo: Path, scene: str) -> None:
     """The photo in place of the drawn scene of that title, in a size that is not square; there are no labels then."""
     if not photo.is_file():
-        pytest.skip(f"no photo {photo}")
+        pytest.skip(f"no shared data: no photo {photo}")
     folder = server.base / "input"
     folder.mkdir(exist_ok=True)
     shutil.copy(photo, folder)

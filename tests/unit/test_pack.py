@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -25,7 +26,7 @@ print(json.dumps(sorted(name.split(".")[0] for name in sys.modules)))
 
 @pytest.fixture(scope="module")
 def pyproject(root: Path) -> dict:
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
 
 
