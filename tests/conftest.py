@@ -73,6 +73,9 @@ class SkipReport:
         for item in items:
             if item.path.is_relative_to(HOST_TESTS):
                 item.add_marker(pytest.mark.host)
+            # Whole graphs on a server: most of the suite's time.
+            if {"comfy_server", "frontend"} & set(getattr(item, "fixturenames", ())):
+                item.add_marker(pytest.mark.slow)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
