@@ -18,10 +18,10 @@ from ..paperland.motion import clip
 from ..paperland.scenes import REGIONS, scene
 from ..pictures.flicker import Flicker, flicker
 from ..samplers.ddpm_inversion import ddpm_inversion
-from ..samplers.guidance import Energy, Stream
 from ..samplers.replay import replay
 from ..samplers.semantix_energy import FOR_VIDEO, semantix_energy
 from ..samplers.step_adain import StepAdaIN
+from ..samplers.terms import Energy, Stream
 from .guided import EnergyGuided
 
 CFG = 3.5

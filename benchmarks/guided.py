@@ -10,7 +10,9 @@ from ..attention.layers import Options, cross_attention_layers, feature_blocks
 from ..paperland.model import Paperland
 from ..paperland.unet import attention
 from ..samplers.features import Features, FeatureTap
-from ..samplers.guidance import Energy, GuidanceReport, Stream, active_terms, clamped, energy_gradient, with_guidance
+from ..samplers.guidance import clamped, energy_gradient, with_guidance
+from ..samplers.guidance_report import GuidanceReport
+from ..samplers.terms import Energy, Stream, active_terms
 
 # Features of a stream at a level, by (inversion, prompt, level). Share one between runs to pay for references once.
 Seen: TypeAlias = MutableMapping[tuple[int, int, float], Features]
@@ -59,7 +61,7 @@ class EnergyGuided:
         if not terms:
             return self._guided_by_cfg(x, sigma, self.model(x, sigma, _rows(self.positive, x), self._options(POSITIVE)))
         streams = {t.stream.key: t.stream for t in terms}
-        references = {key: self._features(stream, level, x) for key, stream in streams.items()}
+        references = {key: {None: self._features(stream, level, x)} for key, stream in streams.items()}
         with torch.inference_mode(False):
             denoised, gradient, energies = energy_gradient(
                 x,
@@ -103,7 +105,7 @@ class EnergyGuided:
             rows = _rows(prompt.clone(), latent)
             self.model(latent, latent.new_full((len(latent),), level), rows, self.reference_tap.options())
         self.report.reference_forwards += 1
-        (self.seen[key],) = self.reference_tap.read(latent.shape[2:])
+        (self.seen[key],) = self.reference_tap.read(latent.shape[2:]).values()
         return self.seen[key]
 
 

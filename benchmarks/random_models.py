@@ -9,6 +9,9 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 
+from ..host.energy_guider import EnergyGuider
+from ..samplers.guidance_report import GuidanceReport
+
 CONTEXT = 64
 POOLED = 1280
 OUTPUT_SCALE = 0.1
@@ -126,3 +129,13 @@ def pooled_conditioning(seed: int, tokens: int = 7) -> list:
     ((tensor, _),) = conditioning(seed, tokens=tokens)
     pooled = torch.randn(1, POOLED, generator=torch.Generator().manual_seed(seed + 1000))
     return [[tensor, {"pooled_output": pooled}]]
+
+
+class ReportingGuider(EnergyGuider):
+    """An energy guider that keeps what its last run did, as `report`."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, listen=self._keep, **settings)
+
+    def _keep(self, report: GuidanceReport) -> None:
+        self.report = report

@@ -27,10 +27,10 @@ from ..paperland.model import Paperland
 from ..paperland.scenes import Scenes
 from ..regions.semantic_map import SemanticMap
 from ..samplers.ddpm_inversion import ddpm_inversion
-from ..samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 from ..samplers.inversion import Inversion
 from ..samplers.replay import replay
 from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
+from ..samplers.terms import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 from . import measure
 from .guided import EnergyGuided, Seen
 

@@ -29,7 +29,7 @@ class Subject:
 
     def __init__(self, case: Case, steps: int) -> None:
         from ..host.invert import Task, invert_ddpm
-        from ..samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
+        from ..samplers.terms import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
         self.case, self.steps = case, steps
         noise = torch.randn(case.latent.shape, generator=torch.Generator().manual_seed(1))
@@ -54,10 +54,10 @@ class Subject:
         )
 
     def guided(self, cache: Any) -> Any:
-        from ..host.energy_guider import EnergyGuider
+        from .random_models import ReportingGuider
 
         case = self.case
-        return EnergyGuider(case.model, case.positive, case.negative, CFG, self.energy, cache=cache)
+        return ReportingGuider(case.model, case.positive, case.negative, CFG, self.energy, cache=cache)
 
     def plain(self) -> Any:
         import comfy.samplers
@@ -142,7 +142,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 def measure(case: Case, steps: int, repeats: int) -> None:
     """Measure all in turn and print the table's rows."""
-    from ..host.references import ReferenceCache
+    from ..host.reference_cache import ReferenceCache
 
     subject = Subject(case, steps)
     subject.sample(subject.guided(None))  # warms up

@@ -21,8 +21,8 @@ from ..paperland.text import IT
 from ..paperland.unet import attention
 from ..regions.masks import keep_outside, mask_on_grid
 from ..samplers.ddpm_inversion import ddpm_inversion
-from ..samplers.guidance import Energy, Stream
 from ..samplers.spin_energy import SpinStyleTerm
+from ..samplers.terms import Energy, Stream
 from ..samplers.word_learning import Learned, Settings, learn
 from . import measure
 from .guided import EnergyGuided

@@ -12,14 +12,14 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ..attention.layers import Layer, Options, layers_of_blocks, self_attention_layers
+from ..attention.layers import Layer, Options, layers_of_blocks, name_of, self_attention_layers
 from ..attention.scsa_attention import Settings
 from ..attention.scsa_patch import Entered, Reader, Scsa, block_inputs, check_free, uses_map_pictures
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
+from .conditioning import REFERENCE, has_motion, merged_conds, stream_conds
 from .invert import InversionSampler
 from .models import check_invertible, check_same, identify
-from .references import REFERENCE, has_motion, merged_conds, stream_conds
 from .windows import frames_of_call
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 KEY = "semantic_style_scsa"
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 CALC_COND_BATCH = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
+# The stock node (Kohya Deep Shrink).
+CHANGES_GRIDS = "PatchModelAddDownscale"
 NAMES = ("content", "style", "content map", "style map")
 
 
@@ -147,8 +149,10 @@ class _Sampling:
                 f"SCSA was made for a content latent {list(content.shape)}, the one being sampled is "
                 f"{list(noise.shape)}: sample at the content's size, one picture or a multiple of the contents"
             )
-        check_free(self.layers, guider.model_options.get("transformer_options", {}))
-        run = _Run(self.patch, self.layers, guider)
+        to = guider.model_options.get("transformer_options", {})
+        check_free(self.layers, to)
+        check_grids(to)
+        run = _ScsaRun(self.patch, self.layers, guider)
         # The options are this run's own copy.
         comfy.patcher_extension.add_wrapper_with_key(
             CALC_COND_BATCH, KEY, run, guider.model_options, is_model_options=True
@@ -159,7 +163,20 @@ class _Sampling:
         return out
 
 
-class _Run:
+def check_grids(options: Options) -> None:
+    """Raise ValueError where a patch in `transformer_options` makes the network work on other grids than the
+    references'.
+    """
+    patches = options.get("patches", {})
+    for patch in [p for kind in ("input_block_patch", "input_block_patch_after_skip") for p in patches.get(kind, ())]:
+        if CHANGES_GRIDS in name_of(patch):
+            raise ValueError(
+                f"SCSA compares tokens of the picture with those of its references, and {CHANGES_GRIDS} on this MODEL "
+                "makes the picture's grid smaller for a part of the run: take that node out"
+            )
+
+
+class _ScsaRun:
     """CALC_COND_BATCH: the references' call at every new level, then the picture's with its patches."""
 
     def __init__(self, patch: Patch, layers: tuple[Layer, ...], guider: Any) -> None:
@@ -277,8 +294,7 @@ class _Run:
             prompt = self.guider.original_conds.get("negative") if given is None else None
             if given is None and prompt is None:
                 raise ValueError(f"the {NAMES[which]}'s inversion has no prompt: invert it again")
-            # Of combined prompts the first: a reference is one picture at one place of the batch.
-            self.conds[which] = stream_conds(self.guider, given, like, prompt)[:1]
+            self.conds[which] = stream_conds(self.guider, given, like, prompt)
         return self.conds[which]
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..attention.injection_patch import Chunk, Injection, check_tokens, scaled
 from ..attention.layers import all_cross_attention
 from ..regions.masks import as_mask, soften
-from ..samplers.guidance import Energy, Stream
 from ..samplers.inversion import Inversion
 from ..samplers.spin_energy import DEFAULT_WEIGHT, SpinStyleTerm
+from ..samplers.terms import Energy, Stream
+from .conditioning import REFERENCE
 from .invert import InversionSampler
-from .references import REFERENCE
 from .windows import frames_of_call
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class _Sampling:
             )
         check_latent(self.spin, noise.shape)
         guider = executor.class_obj
-        run = _Run(self.spin, guider, noise.shape)
+        run = _InjectionRun(self.spin, guider, noise.shape)
         # The options are this run's own copy.
         comfy.patcher_extension.add_wrapper_with_key(
             DIFFUSION_MODEL, KEY, run, guider.model_options, is_model_options=True
@@ -163,7 +163,7 @@ def check_latent(spin: Spin, shape: torch.Size) -> None:
         )
 
 
-class _Run:
+class _InjectionRun:
     """DIFFUSION_MODEL: the injection in the options of every call of the network for the picture being made."""
 
     def __init__(self, spin: Spin, guider: Any, shape: torch.Size) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.modules.attention
@@ -15,21 +15,15 @@ from torch import Tensor
 
 from ..attention.layers import cross_attention_layers, feature_blocks
 from ..samplers.features import FeatureTap
-from ..samplers.guidance import (
-    Energy,
-    GuidanceReport,
-    Key,
-    Stream,
-    Term,
-    active_terms,
-    clamped,
-    energy_gradient,
-    with_guidance,
-)
+from ..samplers.guidance import clamped, energy_gradient, with_guidance
+from ..samplers.guidance_report import GuidanceReport
+from ..samplers.terms import Energy, Key, Resampled, Stream, Term, active_terms
+from .conditioning import active_at, of_areas
 from .gradients import constant_controls, differentiable, ordinary
 from .graph_memory import GraphMemory
 from .models import check_invertible, check_same, identify
-from .references import CACHE, ReferenceCache, References
+from .reference_cache import CACHE, ReferenceCache
+from .references import References
 from .windows import frames_of_call
 
 if TYPE_CHECKING:
@@ -48,9 +42,7 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         checkpointing: less memory for the gradient, more time.
         allow_other_model: references may have been inverted with another checkpoint of the same structure.
         cache: of reference features, None for none.
-
-    Attributes:
-        report: of the last run that was begun.
+        listen: called with what a run's guidance did, at its end, also when it failed or was cancelled.
     """
 
     def __init__(
@@ -64,6 +56,7 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         checkpointing: bool = False,
         allow_other_model: bool = False,
         cache: ReferenceCache | None = CACHE,
+        listen: Callable[[GuidanceReport], None] | None = None,
     ) -> None:
         super().__init__(model)
         self.set_conds(positive, negative)
@@ -72,20 +65,25 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         self.checkpointing = checkpointing
         self.allow_other_model = allow_other_model
         self.cache = cache
-        self.report = GuidanceReport()
-        self._run: _Run | None = None
+        self.listen = listen
+        self._run: _GuidedRun | None = None
 
     def outer_sample(self, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the host's; raises ValueError before anything is loaded when model, energy and latent do not fit."""
+        """As the host's; raises ValueError before anything is loaded when model, energy, prompts and latent do not
+        fit.
+        """
         check_energy(self.model_patcher, self.energy, noise.shape, self.allow_other_model)
-        self.report = GuidanceReport()
+        check_prompts(self.original_conds.get("positive", ()))
+        report = GuidanceReport()
+        self._run = _GuidedRun(self, report)
         try:
             samples = super().outer_sample(noise, *args, **kwargs)
         finally:
             run, self._run = self._run, None
-            if run is not None:
-                run.finish()
-        _tell(self.report, self.energy)
+            run.finish()
+            if self.listen is not None:
+                self.listen(report)
+        _tell(report, self.energy)
         return samples
 
     def predict_noise(
@@ -93,18 +91,20 @@ class EnergyGuider(comfy.samplers.CFGGuider):
     ) -> Tensor:
         """`denoised - sigma * g`: see `samplers.guidance`. x [B, C, *S] in the model's coordinates, timestep [B]."""
         model_options = model_options or {}
-        if self._run is None:
-            self._run = _Run(self, x.device)
+        run = self._run
+        assert run is not None
         level = float(timestep[0])
         if (timestep != timestep[0]).any():
             raise ValueError(
                 "an energy guider takes one noise level per call; use it with a sampler, not with an inversion node"
             )
         terms = active_terms(self.energy, level, self.inner_model.model_sampling.percent_to_sigma)
-        if not terms:
-            self.report.plain_forwards += 1
+        prompted = bool(active_at(self.conds.get("positive") or (), level))
+        if not terms or not prompted:
+            run.report.plain_forwards += 1
+            run.report.unprompted += bool(terms)
             return super().predict_noise(x, timestep, model_options, seed)
-        step = _Step(self._run, terms, level, x)
+        step = _Step(run, terms, level, x)
         # Through the host's own function, found at call time: AnimateDiff-Evolved puts its own in that place.
         denoised = comfy.samplers.sampling_function(
             self.inner_model,
@@ -119,12 +119,19 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         return with_guidance(denoised, step.guidance(), level)
 
 
-class _Run:
-    """What one run of a guider needs at every step."""
+class _GuidedRun:
+    """What one run of a guider needs at every step; `begin` comes with the first call, when the model is loaded."""
 
-    def __init__(self, guider: EnergyGuider, device: torch.device) -> None:
+    def __init__(self, guider: EnergyGuider, report: GuidanceReport) -> None:
+        self.guider, self.report = guider, report
+        self.resampled = Resampled()
+        self.device: torch.device | None = None
+
+    def begin(self, device: torch.device) -> None:
+        if self.device is not None:
+            return
+        self.device, guider = device, self.guider
         unet = guider.inner_model.diffusion_model
-        self.guider, self.report, self.device = guider, guider.report, device
         self.blocks, layers = feature_blocks(unet), cross_attention_layers(unet)
         self.layers = layers if any(layers) else ()
         self.attend = comfy.ldm.modules.attention.optimized_attention_masked
@@ -140,8 +147,12 @@ class _Run:
             torch.cuda.reset_peak_memory_stats(device)
 
     def finish(self) -> None:
+        """Enter what is known at the end only."""
+        if self.device is None:
+            return
         self.report.reference_forwards = self.references.forwards
         self.report.reference_reused = self.references.reused
+        self.report.cache_bytes = 0 if self.references.cache is None else self.references.cache.bytes
         self.report.graph_bytes = self.memory.bytes
         if self.device.type == "cuda":
             self.report.peak_bytes = torch.cuda.max_memory_allocated(self.device)
@@ -150,7 +161,8 @@ class _Run:
 class _Step:
     """One guided prediction: a wrapper around the host's calls of the model, one for each context window."""
 
-    def __init__(self, run: _Run, terms: tuple[Term, ...], level: float, x: Tensor) -> None:
+    def __init__(self, run: _GuidedRun, terms: tuple[Term, ...], level: float, x: Tensor) -> None:
+        run.begin(x.device)
         self.run, self.terms, self.level = run, terms, level
         self.gradient = torch.zeros_like(x)
         self.windows = x.new_zeros(len(x))
@@ -199,7 +211,7 @@ class _Step:
                 return denoised
 
             denoised, gradient, energies = energy_gradient(
-                ordinary(x), self.level, self.terms, conditional, tap, references, frames
+                ordinary(x), self.level, self.terms, conditional, tap, references, frames, run.resampled
             )
         report.gradient_forwards += 1
         report.backwards += 1
@@ -260,6 +272,16 @@ def check_energy(model: "ModelPatcher", energy: Energy, shape: torch.Size, allow
         term.check_fits(shape)
 
 
+def check_prompts(positive: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError where a positive prompt (the guider's form) is for an area of the picture."""
+    if of_areas(positive):
+        raise ValueError(
+            "energies compare whole pictures, and a positive prompt is for an area of it (Conditioning Set Area, or a "
+            'mask with "mask bounds"): use Conditioning (Set Mask) with "default" instead, which limits the prompt '
+            "to a part of the picture all the same"
+        )
+
+
 def _tell(report: GuidanceReport, energy: Energy) -> None:
     """One line about the run, and a warning where its guidance did nothing."""
     logging.info(summary(report))
@@ -271,6 +293,8 @@ def why_nothing(report: GuidanceReport, energy: Energy) -> str:
     """Why a run's guidance changed nothing, empty where it changed something."""
     if not any(t.weight > 0 for t in energy.terms):
         return "the guidance changed nothing: all weights are 0"
+    if not report.steps and report.unprompted:
+        return "the guidance changed nothing: no positive prompt was active at the steps where the energy acts"
     if not report.steps:
         return "the guidance changed nothing: no step of this run lies in the terms' start to end range"
     if max(report.table()["gradient"]) == 0.0:
@@ -293,6 +317,10 @@ def summary(report: GuidanceReport) -> str:
     if report.steps:
         mean, most = (math.fsum(table["gradient"]) / len(report.steps), max(table["saturated"]))
         parts.append(f"mean gradient {mean:.3g}, at most {most:.1%} of it clamped")
+    if report.unprompted:
+        parts.append(f"{report.unprompted} steps not guided, since no positive prompt is active there")
+    if report.cache_bytes:
+        parts.append(f"{report.cache_bytes / 2**20:.0f} MB of reference features kept in RAM")
     if report.graph_bytes:
         parts.append(f"{report.graph_bytes / 2**20:.0f} MB kept for a backward pass")
     if report.peak_bytes:

@@ -1,5 +1,6 @@
 """Gradients through a loaded model of the host."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -45,6 +46,8 @@ def differentiable(
     options = comfy.model_patcher.create_model_options_clone(model_options)
     to = options.setdefault("transformer_options", {})
     to["optimized_attention_override"] = _differentiable_attention(to.get("optimized_attention_override"))
+    for kind in ("patches", "patches_replace"):
+        to[kind] = _apart_from_graph(to.get(kind, {}))
     # The skip goes into the decoder, where ControlNets and other patches write into it, while the encoder's next block
     # keeps what it got for the backward pass: that must be another tensor.
     patches = to.setdefault("patches", {})
@@ -59,6 +62,28 @@ def differentiable(
         if checkpointing:
             stack.enter_context(checkpointed(patcher.model.diffusion_model, call.around))
         yield options
+
+
+def _apart_from_graph(patches: Any) -> Any:
+    """The host's tables of patches with every patch in a wrapper: it gets copies of tensors that the graph holds."""
+    if isinstance(patches, dict):
+        return {name: _apart_from_graph(entry) for name, entry in patches.items()}
+    if isinstance(patches, (list, tuple)):
+        return type(patches)(_apart_from_graph(entry) for entry in patches)
+    # AnimateDiff-Evolved's name the class of layer that they are for.
+    if isinstance(patches, type) or not callable(patches):
+        return patches
+
+    @functools.wraps(patches, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Patches may write into what they are given (FreeU does), while the layer before, or a line of the patch
+        # itself, keeps it for the backward pass. What is one tensor (query and context) stays one.
+        copies = {id(a): a.clone() for a in args if isinstance(a, Tensor) and a.requires_grad}
+        held = (copies.get(id(a), a) for a in args)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+            return patches(*held, **kwargs)
+
+    return call
 
 
 def _apart(h: Tensor, options: dict[str, Any]) -> Tensor:

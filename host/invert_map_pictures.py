@@ -12,8 +12,8 @@ from torch import Tensor
 from ..regions.map_pictures import draw_map
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
+from .fingerprint import NoFingerprintError, fingerprint, token
 from .invert import Task, invert_ddim
-from .references import CACHE, digest
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -89,7 +89,10 @@ def _key(model: "ModelPatcher", pictures: Pair, vae: Any) -> Hashable | None:
     options = model.model_options
     if set(options) - {"transformer_options"} or options.get("transformer_options") or model.wrappers:
         return None
-    objects = tuple(CACHE.token(o) for o in getattr(model, "object_patches", {}).values())
-    thing = CACHE.token(model.model), model.patches_uuid, objects, CACHE.token(vae)
     levels = tuple(content.sigmas.tolist())
-    return (*thing, digest(content.positive), levels, content.clean.shape, style.clean.shape)
+    try:
+        objects = sorted((name, token(o)) for name, o in getattr(model, "object_patches", {}).items())
+        thing = token(model.model), str(model.patches_uuid), tuple(objects), token(vae)
+        return (*thing, fingerprint(content.positive), levels, content.clean.shape, style.clean.shape)
+    except NoFingerprintError:
+        return None

@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..samplers.word_learning import JUDGED_LEVELS, Learned, Settings, check_saliency, learn
+from .conditioning import REFERENCE, has_motion, stream_conds
 from .gradients import differentiable, ordinary
 from .models import check_channels, check_invertible
 from .pseudo_words import Prompt
-from .references import REFERENCE, has_motion, stream_conds
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention.layers import feature_blocks
 from ..samplers.features import Features, FeatureTap
 from ..samplers.guidance import NOT_SEEN
-from .references import REFERENCE, stream_conds
+from .conditioning import REFERENCE, stream_conds
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -120,4 +120,4 @@ class _Reading(comfy.samplers.Sampler):
         seen = tap.read(latent.shape[2:])
         if not seen:
             raise RuntimeError(NOT_SEEN)
-        return seen[0].each(lambda t: t.float().cpu())
+        return next(iter(seen.values())).each(lambda t: t.float().cpu())

@@ -10,12 +10,13 @@ import latent_preview
 from torch import Tensor
 
 from ..regions.semantic_map import SemanticMap
-from ..samplers.guidance import Energy, Stream
+from ..samplers.guidance_report import GuidanceReport
 from ..samplers.inversion import Inversion
 from ..samplers.semantix_energy import Weights, semantix_energy
 from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
+from ..samplers.terms import Energy, Stream
 from .energy_guider import EnergyGuider, summary, why_nothing
-from .references import digest
+from .fingerprint import fingerprint
 from .replay_sampler import ReplayNoise, ReplaySampler, check_skip
 
 if TYPE_CHECKING:
@@ -109,25 +110,24 @@ class Transfer:
     checkpointing: bool = False
     allow_other_model: bool = False
 
-    def run(self) -> tuple[Tensor, EnergyGuider]:
-        """The new latent [B, C, *S] in the host's coordinates, and the guider with its report.
+    def run(self) -> tuple[Tensor, GuidanceReport]:
+        """The new latent [B, C, *S] in the host's coordinates, and what the guidance did.
 
         Raises:
             ValueError: settings, inversions and model that do not fit together, before any model call.
         """
         context = self.context
         check_skip(context, self.skip)
-        energy = make_energy(
-            context, self.reference, self.weights, self.start, self.end, self.semantic_map, self.reference_prompt
-        )
+        reports: list[GuidanceReport] = []
         guider = EnergyGuider(
             self.model,
             self.positive,
             self.negative,
             self.cfg,
-            energy,
+            self.energy,
             checkpointing=self.checkpointing,
             allow_other_model=self.allow_other_model,
+            listen=reports.append,
         )
         adain = StepAdaIN(self.reference, context.steps, self.adain_start, self.semantic_map)
         sampler = ReplaySampler(
@@ -136,9 +136,16 @@ class Transfer:
         latent = {"samples": context.to_outer(context.clean)}
         if self.mask is not None:
             latent["noise_mask"] = self.mask.reshape(-1, 1, *self.mask.shape[-2:])
-        return sample(guider, ReplayNoise(context, self.skip), sampler, context.sigmas[self.skip :], latent), guider
+        samples = sample(guider, ReplayNoise(context, self.skip), sampler, context.sigmas[self.skip :], latent)
+        return samples, reports[0]
 
-    def describe(self, samples: Tensor, guider: EnergyGuider) -> str:
+    @property
+    def energy(self) -> Energy:
+        return make_energy(
+            self.context, self.reference, self.weights, self.start, self.end, self.semantic_map, self.reference_prompt
+        )
+
+    def describe(self, samples: Tensor, report: GuidanceReport) -> str:
         """What was done and what came of it, a line each."""
         context = self.context
         first = round(self.adain_start * context.steps)
@@ -147,9 +154,9 @@ class Transfer:
         lines = [
             f"Semantix: {context.steps - self.skip} steps, CFG {self.cfg:g}, weights style {w.style:g}, spatial "
             f"{w.spatial:g}, semantic {w.semantic:g}, position {w.position:g}; AdaIN {adain}",
-            summary(guider.report),
+            summary(report),
         ]
-        if reason := why_nothing(guider.report, guider.energy):
+        if reason := why_nothing(report, self.energy):
             lines.append(f"Note: {reason}")
         clean = context.to_outer(context.clean).to(samples)
         change = float((samples - clean).abs().mean() / clean.std().clamp(min=1e-12))
@@ -168,6 +175,6 @@ class Transfer:
         for name, now in (("positive", self.positive), ("negative", self.negative)):
             then = getattr(self.context, name)
             # The negative of CFG 1 is not looked at.
-            if then is not None and (name == "positive" or self.cfg != 1.0) and digest(then) != digest(now):
+            if then is not None and (name == "positive" or self.cfg != 1.0) and fingerprint(then) != fingerprint(now):
                 found.append(f"{name} prompt")
         return found

@@ -11,10 +11,10 @@ from ..host.energy_guider import EnergyGuider, why_nothing
 from ..host.semantix_transfer import Transfer, make_energy
 from ..pictures.report_plot import report_plot
 from ..regions.semantic_map import SemanticMap
-from ..samplers.guidance import Energy
 from ..samplers.inversion import Inversion
 from ..samplers.semantix_energy import FOR_IMAGES, FOR_VIDEO, Weights
 from ..samplers.step_adain import PUBLISHED_START
+from ..samplers.terms import Energy
 from .nodes_inversion import adain_start_input
 from .schema import schema
 from .types import Energy as EnergySocket
@@ -360,9 +360,9 @@ class KSampler(io.ComfyNode):
             checkpointing=checkpointing,
             allow_other_model=allow_other_model,
         )
-        samples, guider = transfer.run()
-        plot = report_plot(guider.report.table(), why_nothing(guider.report, guider.energy))
-        return io.NodeOutput({"samples": samples}, plot, transfer.describe(samples, guider))
+        samples, report = transfer.run()
+        plot = report_plot(report.table(), why_nothing(report, transfer.energy))
+        return io.NodeOutput({"samples": samples}, plot, transfer.describe(samples, report))
 
 
 NODES: list[type[io.ComfyNode]] = [SemantixEnergy, CombineEnergies, Guider, KSampler]

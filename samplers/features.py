@@ -6,12 +6,14 @@ by structure, not by block numbers: SD1.x gives blocks 6 and 9, SDXL 3 and 6. Th
 those of the blocks that lead to it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..attention.layers import Attend, Layer, Options
 
@@ -28,10 +30,12 @@ class Features:
         maps: [R, P, T], cross-attention from places (row-major on their layers' grid, which is coarser than the
             feature's) to tokens, the mean over heads and over the stage's layers, in float32 at least; empty where they
             were not asked for or a stage has no such layers.
+        grids: (height, width) of each of the maps; None where the network does not tell.
     """
 
     stages: tuple[Tensor, ...]
     maps: tuple[Tensor, ...] = ()
+    grids: tuple[tuple[int, int] | None, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Features":
         """The same with every tensor changed."""
@@ -42,6 +46,20 @@ class Features:
         chosen = index if isinstance(index, slice) else list(index)
         return self.each(lambda t: t[chosen])
 
+    def on_grids_of(self, other: "Features") -> "Features":
+        """The same on the grids of another picture's features, itself where it lies on them.
+
+        Patches that make a network work on a smaller grid for a part of the run act on the picture being made only.
+        """
+        stages = tuple(
+            f if f.shape[2:] == o.shape[2:] else _resized(f, o.shape[2:])
+            for f, o in zip(self.stages, other.stages, strict=True)
+        )
+        maps = tuple(
+            _map_on_grid(m, mine, theirs) for m, mine, theirs in zip(self.maps, self.grids, other.grids, strict=False)
+        )
+        return replace(self, stages=stages, maps=maps, grids=other.grids)
+
     @property
     def count(self) -> int:
         return len(self.stages[0])
@@ -51,16 +69,34 @@ class Features:
         return sum(t.numel() * t.element_size() for t in (*self.stages, *self.maps))
 
 
+def _resized(f: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Features [R, C, h, w] on another grid, in their dtype."""
+    exact = f.to(torch.promote_types(f.dtype, torch.float32))
+    return interpolate(exact, size, mode="bilinear", antialias=True).to(f.dtype)
+
+
+def _map_on_grid(m: Tensor, grid: tuple[int, int] | None, target: tuple[int, int] | None) -> Tensor:
+    if grid is None or target is None or grid == target:
+        return m
+    planes = rearrange(m, "r (h w) t -> r t h w", h=grid[0])
+    return rearrange(_resized(planes, target), "r t h w -> r (h w) t")
+
+
+# Which prompt of a call features are of: the host's mark of a condition, or a number where it has none.
+Prompt: TypeAlias = Hashable
+
+
 @dataclass
 class _Call:
-    """One forward call that a tap saw: how many conditions are stacked in its batch, one after another; on what size
+    """One forward call that a tap saw: the conditions that are stacked in its batch, one after another; on what size
     of latent.
     """
 
-    chunks: int
+    prompts: tuple[Prompt, ...]
     size: tuple[int, ...]
     stages: dict[int, Tensor]
     maps: dict[Layer, Tensor]
+    grids: dict[Layer, tuple[int, int] | None]
 
 
 class FeatureTap:
@@ -95,7 +131,8 @@ class FeatureTap:
         index = options["block"][1]
         if index == 0 and not options.get(RECOMPUTE):
             stacked = len(options.get("cond_or_uncond", ())) or 1
-            self.calls.append(_Call(stacked, tuple(options["original_shape"][2:]), {}, {}))
+            prompts = tuple(options.get("uuids") or range(stacked))
+            self.calls.append(_Call(prompts, tuple(options["original_shape"][2:]), {}, {}, {}))
         if index in self.blocks and not options.get(RECOMPUTE):
             self.calls[-1].stages[index] = h
         if self.cut and index >= self.blocks[-1]:
@@ -126,7 +163,9 @@ class FeatureTap:
             # Computed again too: a checkpoint's second run must make the tensors that the first one made.
             seen = attention_map(q, k, extra["n_heads"])
             if not extra.get(RECOMPUTE):
+                shape = extra.get("activations_shape")
                 self.calls[-1].maps[layer] = seen
+                self.calls[-1].grids[layer] = None if shape is None else (shape[-2], shape[-1])
             if replaced is not None:
                 return replaced(q, k, v, extra)
             assert self.attend is not None
@@ -140,20 +179,21 @@ class FeatureTap:
         """By block, of the last call."""
         return self.calls[-1].stages
 
-    def read(self, size: tuple[int, ...]) -> list[Features]:
-        """What was seen since the last time of latents of `size` (areas of a picture are smaller), one entry per
-        condition that was stacked in each call.
-        """
-        seen = []
+    def read(self, size: tuple[int, ...]) -> dict[Prompt, Features]:
+        """What was seen since the last time of latents of `size` (areas of a picture are smaller), by prompt."""
+        seen: dict[Prompt, Features] = {}
         # A call that failed half-way and was made again leaves an entry without all stages.
         finished = [c for c in self.calls if c.size == tuple(size) and len(c.stages) == len(self.blocks)]
         for call in finished:
-            whole = Features(
-                tuple(call.stages[b] for b in self.blocks),
-                tuple(torch.stack([call.maps[layer] for layer in stage]).mean(dim=0) for stage in self.layers if stage),
+            mapped = [stage for stage in self.layers if stage]
+            grids = tuple(call.grids[stage[0]] for stage in mapped)
+            maps = tuple(
+                torch.stack([_map_on_grid(call.maps[layer], call.grids[layer], grid) for layer in stage]).mean(dim=0)
+                for stage, grid in zip(mapped, grids, strict=True)
             )
-            each = whole.count // call.chunks
-            seen += [whole.rows(slice(i * each, (i + 1) * each)) for i in range(call.chunks)]
+            whole = Features(tuple(call.stages[b] for b in self.blocks), maps, grids)
+            each = whole.count // len(call.prompts)
+            seen |= {prompt: whole.rows(slice(i * each, (i + 1) * each)) for i, prompt in enumerate(call.prompts)}
         self.calls.clear()
         return seen
 

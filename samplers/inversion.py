@@ -187,12 +187,13 @@ class Inversion:
                 f"number {first} on"
             )
         rows = slice(first, first + count)
+        # Copies: a part of a tensor would keep the whole batch alive.
         return replace(
             self,
-            clean=self.clean[rows],
-            trajectory=self.trajectory[:, rows],
-            noise_maps=None if self.noise_maps is None else self.noise_maps[:, rows],
-            residual=None if self.residual is None else self.residual[rows],
+            clean=self.clean[rows].clone(),
+            trajectory=self.trajectory[:, rows].clone(),
+            noise_maps=None if self.noise_maps is None else self.noise_maps[:, rows].clone(),
+            residual=None if self.residual is None else self.residual[rows].clone(),
             positive=_rows_of_prompt(self.positive, held, rows),
             negative=_rows_of_prompt(self.negative, held, rows),
         )

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from ..regions.semantic_map import SemanticMap
-from .guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
+from .terms import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
 
 @dataclass(frozen=True)

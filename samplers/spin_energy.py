@@ -23,7 +23,7 @@ from ..attention.layers import STAGES
 from ..regions.adain import EPS, MIN_PLACES
 from ..regions.masks import as_mask, check_partial, mask_on_grid
 from .features import Features
-from .guidance import Frames, Term
+from .terms import Frames, Resampled, Term
 
 # Gentle on the demo model. At 3, where its gradient inside the mask is as large as that of Semantix's published style
 # weight (about 0.08 of the noise prediction), the subject's own colours give way; at 10 they turn garish.
@@ -44,8 +44,6 @@ class SpinStyleTerm(Term):
     mask: Tensor = field(kw_only=True)
 
     name: ClassVar[str] = "spin style"
-    # The mask on the grids that were asked for, so that steps after the first do not resample it.
-    _resampled: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,21 +76,21 @@ class SpinStyleTerm(Term):
                 f"{'enlarge' if few < MIN_PLACES else 'shrink'} the mask, or leave this energy out"
             )
 
-    def value(self, out: Features, other: Features, frames: Frames) -> Tensor:
+    def value(self, out: Features, other: Features, frames: Frames, resampled: Resampled) -> Tensor:
         energies = []
-        for f, background in zip(out.stages, other.stages, strict=True):
-            mask = self._on_grid(f, frames)
+        for f, background in zip(out.stages, other.on_grids_of(out).stages, strict=True):
+            mask = self._on_grid(f, frames, resampled)
             energies.append(style_distance(f, background, mask) * mask.sum(dim=(1, 2)))
         return torch.stack(energies).mean(dim=0)
 
-    def _on_grid(self, f: Tensor, frames: Frames) -> Tensor:
-        key = (f.shape[2:], f.device, frames)
-        if key not in self._resampled:
+    def _on_grid(self, f: Tensor, frames: Frames, resampled: Resampled) -> Tensor:
+        def make() -> Tensor:
             mask = self.mask if frames is None or len(self.mask) == 1 else self.mask[list(frames)]
             # An ordinary tensor also where the mask was made in inference mode.
             with torch.inference_mode(False):
-                self._resampled[key] = mask_on_grid(mask.clone(), (f.shape[2], f.shape[3])).to(f.device)
-        return self._resampled[key]
+                return mask_on_grid(mask.clone(), (f.shape[2], f.shape[3])).to(f.device)
+
+        return resampled.get((self, f.shape[2:], f.device, frames), make)
 
 
 def style_distance(out: Tensor, background: Tensor, mask: Tensor, eps: float = EPS) -> Tensor:

@@ -125,7 +125,7 @@ def make_venv(venv: Path) -> None:
             raise SetupError(f"{sys.executable} cannot make virtual environments; on Debian: apt install python3-venv")
         write_stamp(venv)
     lend = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, "install", "pip"]
-    ways = ([python, "-m", "pip", "--version"], [python, "-m", "ensurepip", "--upgrade"], lend)
+    ways: list[list] = [[python, "-m", "pip", "--version"], [python, "-m", "ensurepip", "--upgrade"], lend]
     if all(subprocess.run(command, capture_output=True).returncode != 0 for command in ways):
         raise SetupError(f"{sys.executable} has neither ensurepip nor pip; on Debian: apt install python3-venv")
 

@@ -17,15 +17,14 @@ import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
 from semantic_style.attention.scsa_attention import Settings
-from semantic_style.benchmarks.random_models import conditioning, small_sd15
+from semantic_style.benchmarks.random_models import ReportingGuider, conditioning, small_sd15
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.apply_spin import apply_spin
-from semantic_style.host.energy_guider import EnergyGuider
-from semantic_style.host.references import ReferenceCache
+from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, Replay
 from semantic_style.nodes.nodes_semantix import KSampler
 from semantic_style.regions.semantic_map import SemanticMap
-from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
+from semantic_style.samplers.terms import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -303,7 +302,7 @@ def semantix(context, reference, weight=1.0):
 
 
 def guided(model, energy, cache=None, **settings):
-    return EnergyGuider(model, POSITIVE, NEGATIVE, CFG, energy, cache=cache, **settings)
+    return ReportingGuider(model, POSITIVE, NEGATIVE, CFG, energy, cache=cache, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -347,9 +346,9 @@ def test_a_guided_run_finishes(peer, plain, motion, context, reference, setting,
 class OneFrame(SpatialTerm):
     """The spatial term of the clip's first frame alone."""
 
-    def value(self, out, other, frames):
+    def value(self, out, other, frames, resampled):
         at = torch.arange(out.count) if frames is None else torch.tensor(frames)
-        return super().value(out, other, frames) * (at == 0)
+        return super().value(out, other, frames, resampled) * (at == 0)
 
 
 def guidance(model, energy, image, sigma=2.0, **settings):

@@ -13,9 +13,8 @@ import comfy.samplers
 import pytest
 import torch
 from semantic_style.attention.layers import all_cross_attention
-from semantic_style.benchmarks.random_models import CONTEXT, conditioning, small_sd15
+from semantic_style.benchmarks.random_models import CONTEXT, ReportingGuider, conditioning, small_sd15
 from semantic_style.host.apply_spin import apply_spin, spin_energy
-from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.invert import Task, invert_ddpm
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 
@@ -140,7 +139,7 @@ def test_under_energies_the_adapter_still_tells_the_prompts_apart(peer, model):
 
     def guided(weight):
         energy = spin_energy(background, mask_of_pixels(), weight)
-        return made(EnergyGuider(spun, POSITIVE, NEGATIVE, CFG, energy, cache=None))
+        return made(ReportingGuider(spun, POSITIVE, NEGATIVE, CFG, energy, cache=None))
 
     plain = comfy.samplers.CFGGuider(spun)
     plain.set_conds(POSITIVE, NEGATIVE)

@@ -18,11 +18,16 @@ from semantic_style.attention.layers import self_attention_layers, transformer_b
 from semantic_style.attention.regional_attention import order_by_region
 from semantic_style.attention.scsa_attention import References, SelfAttention, Settings, prepare, scsa
 from semantic_style.attention.scsa_patch import Scsa
-from semantic_style.benchmarks.random_models import conditioning, pooled_conditioning, small_sd15, small_sdxl
+from semantic_style.benchmarks.random_models import (
+    ReportingGuider,
+    conditioning,
+    pooled_conditioning,
+    small_sd15,
+    small_sdxl,
+)
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
-from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.invert import Task, invert_ddim, invert_ddpm
-from semantic_style.host.references import ReferenceCache
+from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.host.small_model import PixelVAE, unet_model
 from semantic_style.nodes.nodes_paperland import LoadPaperland
@@ -31,7 +36,7 @@ from semantic_style.paperland import model as paperland
 from semantic_style.paperland import scenes
 from semantic_style.regions.map_pictures import draw_map
 from semantic_style.regions.semantic_map import SemanticMap
-from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
+from semantic_style.samplers.terms import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -545,7 +550,7 @@ def energy(model):
 
 
 def energy_guider(model, energy, cfg=CFG, **settings):
-    return EnergyGuider(model, POSITIVE, NEGATIVE, cfg, energy, cache=settings.pop("cache", None), **settings)
+    return ReportingGuider(model, POSITIVE, NEGATIVE, cfg, energy, cache=settings.pop("cache", None), **settings)
 
 
 def test_the_energy_s_gradient_passes_patched_blocks_by_the_residual_only(model, patched, patch, energy, monkeypatch):
@@ -606,7 +611,7 @@ def test_half_precision(dtype, patch, energy):
     assert (out - full).abs().mean() < 0.2 * (plain - full).abs().mean()
     assert torch.equal(out, predict(cfg_guider(patched), x, sigma))
     context, terms = energy
-    guided = EnergyGuider(patched, POSITIVE, NEGATIVE, CFG, terms, cache=None, allow_other_model=True)
+    guided = ReportingGuider(patched, POSITIVE, NEGATIVE, CFG, terms, cache=None, allow_other_model=True)
     assert torch.isfinite(predict(guided, context.at(sigma), sigma)).all()
 
 

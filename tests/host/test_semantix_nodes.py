@@ -13,9 +13,9 @@ from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, R
 from semantic_style.nodes.nodes_semantix import AS_SET, CombineEnergies, Guider, KSampler, SemantixEnergy
 from semantic_style.regions.adain import adain_latents
 from semantic_style.regions.semantic_map import SemanticMap
-from semantic_style.samplers.guidance import Energy
 from semantic_style.samplers.replay import replay
 from semantic_style.samplers.step_adain import StepAdaIN
+from semantic_style.samplers.terms import Energy
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -397,6 +397,8 @@ def test_guiders_of_one_graph_do_not_share_a_run(model, context, reference):
     """The host keeps a GUIDER and runs it again."""
     (guider,) = Guider.execute(model, PROMPT, EMPTY, CFG, energy(context, reference)).args
     assert isinstance(guider, EnergyGuider)
+    reports = []
+    guider.listen = reports.append
     first = sample(guider, context)
     assert torch.equal(sample(guider, context), first)
-    assert len(guider.report.steps) == STEPS
+    assert [len(report.steps) for report in reports] == [STEPS, STEPS]

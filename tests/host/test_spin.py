@@ -14,20 +14,25 @@ import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, DualCFGGuider, SamplerCustom, SamplerCustomAdvanced
 from semantic_style.attention.layers import all_cross_attention
 from semantic_style.attention.scsa_attention import Settings
-from semantic_style.benchmarks.random_models import conditioning, pooled_conditioning, small_sd15, small_sdxl
+from semantic_style.benchmarks.random_models import (
+    ReportingGuider,
+    conditioning,
+    pooled_conditioning,
+    small_sd15,
+    small_sdxl,
+)
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.apply_spin import KEY, apply_spin, spin_energy
-from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.invert import Task, invert_ddim, invert_ddpm
-from semantic_style.host.references import ReferenceCache
+from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.host.small_model import unet_model
 from semantic_style.nodes.nodes_spin import ApplySpin, KeepBackground, SpinStyleEnergy
 from semantic_style.paperland import model as paperland
 from semantic_style.regions.masks import mask_on_grid
 from semantic_style.regions.semantic_map import SemanticMap
-from semantic_style.samplers.guidance import Energy, SemanticTerm, SpatialTerm, Stream
 from semantic_style.samplers.semantix_energy import semantix_energy
+from semantic_style.samplers.terms import Energy, SemanticTerm, SpatialTerm, Stream
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -411,7 +416,7 @@ def test_under_the_energy_guider_with_gradient_through_it(model):
     semantic = Energy((SemanticTerm(kept, 20.0), SpatialTerm(kept, 0.9)))
 
     def guider(model, energy, **settings):
-        return EnergyGuider(model, POSITIVE, NEGATIVE, CFG, energy, cache=ReferenceCache(), **settings)
+        return ReportingGuider(model, POSITIVE, NEGATIVE, CFG, energy, cache=ReferenceCache(), **settings)
 
     alone = replayed(cfg_guider(spun), background)
     style = spin_energy(background, mask, 20.0)
@@ -505,7 +510,7 @@ def test_what_does_not_fit_the_latent_is_refused_before_the_first_call(model, sp
     thin[:, :8, :8] = 1
     for mask, message in ((thin, "inside covers"), (torch.ones(1, 128, 64), "is full")):
         with pytest.raises(ValueError, match=message):
-            replayed(EnergyGuider(model, POSITIVE, NEGATIVE, CFG, spin_energy(background, mask)), background)
+            replayed(ReportingGuider(model, POSITIVE, NEGATIVE, CFG, spin_energy(background, mask)), background)
     # Cropped to whole places of the latent, a picture of 130x67 gives 16x8.
     assert torch.isfinite(stock(apply_spin(model, REFERENCE, torch.ones(1, 130, 67)))).all()
 
@@ -559,7 +564,7 @@ def test_everything_at_once(model):
     both = apply_scsa(spun, Patch(Pictures(background, style), maps, Settings(a1=0.0)))
     energy = semantix_energy(Stream(background), Stream(style, EMPTY), regions=maps)
     energy += spin_energy(background, background_mask())
-    guider = EnergyGuider(both, POSITIVE, NEGATIVE, CFG, energy, cache=ReferenceCache())
+    guider = ReportingGuider(both, POSITIVE, NEGATIVE, CFG, energy, cache=ReferenceCache())
     out = replayed(guider, background)
     assert torch.isfinite(out).all()
     table = guider.report.table()

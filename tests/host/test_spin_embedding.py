@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from semantic_style.benchmarks.random_models import conditioning, small_sd15, small_sdxl
 from semantic_style.benchmarks.text_models import RIGHT, small_clip
+from semantic_style.host.conditioning import REFERENCE
 from semantic_style.host.invert import Task as InversionTask
 from semantic_style.host.invert import invert_ddim
 from semantic_style.host.learn_word import Task, learn_embedding
 from semantic_style.host.pseudo_words import make_prompt
-from semantic_style.host.references import REFERENCE
 from semantic_style.nodes.nodes_embedding import SpinEmbedding
 from semantic_style.nodes.nodes_paperland import LoadPaperland
 from semantic_style.paperland import scenes

@@ -12,20 +12,11 @@ from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 from semantic_style.samplers.energies import semantic_distance, spatial_feature_energy, style_feature_energy
 from semantic_style.samplers.features import RECOMPUTE, Features, FeatureTap
-from semantic_style.samplers.guidance import (
-    Energy,
-    SemanticTerm,
-    SpatialTerm,
-    Stream,
-    StyleTerm,
-    active_terms,
-    clamped,
-    energy_gradient,
-    total_energy,
-)
+from semantic_style.samplers.guidance import clamped, energy_gradient, total_energy
 from semantic_style.samplers.matching import find_matches
 from semantic_style.samplers.replay import replay
 from semantic_style.samplers.step_adain import StepAdaIN
+from semantic_style.samplers.terms import Energy, Resampled, SemanticTerm, SpatialTerm, Stream, StyleTerm, active_terms
 from torch import nn
 
 SIGMA = 0.7
@@ -66,7 +57,7 @@ def taps(model, maps=True, cut=False):
 def features(model, x, sigma, prompt):
     tap = taps(model)
     model(x, x.new_full((len(x),), sigma), prompt, tap.options())
-    (seen,) = tap.read(x.shape[2:])
+    (seen,) = tap.read(x.shape[2:]).values()
     return seen
 
 
@@ -154,11 +145,16 @@ def test_stacked_conditions_are_told_apart(model, prompts):
     x = random(2, 48, 8, 12)
     tap = taps(model)
     both = torch.cat([prompts[0].expand(2, -1, -1), prompts[1].expand(2, -1, -1)])
-    model(x.repeat(2, 1, 1, 1), torch.full((4,), SIGMA).double(), both, tap.options({"cond_or_uncond": [0, 0]}))
+    model(
+        x.repeat(2, 1, 1, 1),
+        torch.full((4,), SIGMA).double(),
+        both,
+        tap.options({"cond_or_uncond": [0, 0], "uuids": ["a", "b"]}),
+    )
     seen = tap.read((8, 12))
-    assert [s.count for s in seen] == [2, 2]
+    assert {prompt: s.count for prompt, s in seen.items()} == {"a": 2, "b": 2}
     assert tap.calls == []
-    assert torch.allclose(seen[1].maps[0], features(model, x, SIGMA, prompts[1]).maps[0], atol=1e-6)
+    assert torch.allclose(seen["b"].maps[0], features(model, x, SIGMA, prompts[1]).maps[0], atol=1e-6)
 
 
 def test_calls_of_areas_and_calls_that_failed_are_left_out(model, prompts):
@@ -170,13 +166,13 @@ def test_calls_of_areas_and_calls_that_failed_are_left_out(model, prompts):
             raise RuntimeError("somebody's patch")
         return h, skip
 
-    for size in ((8, 12), (8, 8), (8, 12)):
-        model(random(1, 48, *size), sigma, prompts[0], tap.options())
+    for number, size in enumerate(((8, 12), (8, 8), (8, 12))):
+        model(random(1, 48, *size), sigma, prompts[0], tap.options({"uuids": [number]}))
     base = {"patches": {"output_block_patch": [fails]}}
     with pytest.raises(RuntimeError, match="somebody"):
         model(random(1, 48, 8, 12), sigma, prompts[0], tap.options(base))
     seen = tap.read((8, 12))
-    assert [tuple(s.stages[1].shape[2:]) for s in seen] == [(8, 12), (8, 12)]
+    assert {number: tuple(s.stages[1].shape[2:]) for number, s in seen.items()} == {0: (8, 12), 2: (8, 12)}
     assert tap.calls == []
 
 
@@ -188,7 +184,7 @@ def test_the_cut_keeps_the_gradient_of_features_and_leaves_no_graph_behind_them(
         # The network's own output, without the path around it that scales x.
         out = model.unet(x, torch.tensor([300.0]).double(), prompts[0], tap.options())
         assert out.requires_grad == (not cut)
-        (seen,) = tap.read((8, 12))
+        (seen,) = tap.read((8, 12)).values()
         value = sum(f.square().sum() for f in seen.stages) + sum(m.square().sum() for m in seen.maps)
         gradients.append(torch.autograd.grad(value, x)[0])
     assert torch.equal(*gradients)
@@ -201,8 +197,8 @@ def test_the_energy_is_the_weighted_sum_of_its_terms(model, prompts, inversions)
     own = features(model, context.at(SIGMA), SIGMA, prompts[0])
     theirs = features(model, reference.at(SIGMA), SIGMA, prompts[1])
     terms = all_terms(context, reference, prompts[1])
-    references = {terms[0].stream.key: theirs, terms[1].stream.key: own}
-    total, by_name = total_energy(terms, [out], references)
+    references = {terms[0].stream.key: {None: theirs}, terms[1].stream.key: {0: own}}
+    total, by_name = total_energy(terms, {0: out}, references)
 
     expected = {"style": 0.0, "spatial": 0.0, "semantic": 0.0}
     for stage in range(2):
@@ -215,8 +211,13 @@ def test_the_energy_is_the_weighted_sum_of_its_terms(model, prompts, inversions)
         assert torch.allclose(by_name[name], value.mean(), rtol=1e-6), name
     assert torch.allclose(total, sum(v.sum() for v in expected.values()), rtol=1e-6)
 
-    twice, _ = total_energy(terms, [out, out], references)
-    assert torch.allclose(twice, total), "combined conditions count with their mean"
+    other = features(model, x, SIGMA, prompts[1])
+    references[terms[1].stream.key] |= {1: other}
+    both, _ = total_energy(terms, {0: out, 1: other}, references)
+    alone, _ = total_energy(terms, {1: other}, references)
+    assert torch.allclose(both, (total + alone) / 2), "combined prompts count with their mean, each against its own"
+    kept, _ = total_energy(terms[1:], {1: other}, references)
+    assert kept.abs().max() < 1e-9
 
 
 def test_the_gradient_is_that_of_finite_differences(model, prompts, inversions):
@@ -225,8 +226,8 @@ def test_the_gradient_is_that_of_finite_differences(model, prompts, inversions):
     sigma = torch.tensor([SIGMA], dtype=torch.float64)
     terms = all_terms(context, reference, prompts[1])
     references = {
-        terms[0].stream.key: features(model, reference.at(SIGMA), SIGMA, prompts[1]),
-        terms[1].stream.key: features(model, context.at(SIGMA), SIGMA, prompts[0]),
+        terms[0].stream.key: {None: features(model, reference.at(SIGMA), SIGMA, prompts[1])},
+        terms[1].stream.key: {None: features(model, context.at(SIGMA), SIGMA, prompts[0])},
     }
     tap = taps(model, cut=True)
     denoised, gradient, _ = energy_gradient(
@@ -235,14 +236,15 @@ def test_the_gradient_is_that_of_finite_differences(model, prompts, inversions):
     assert torch.equal(denoised, model(x, sigma, prompts[0]))
     assert not denoised.requires_grad
 
+    styled = references[terms[0].stream.key][None]
     fixed = [find_matches(f, r, 3.0) for f, r in zip(features(model, x, SIGMA, prompts[0]).stages,
-                                                     references[terms[0].stream.key].stages, strict=True)]  # fmt: skip
+                                                     styled.stages, strict=True)]  # fmt: skip
 
     def energy(x):
         out = features(model, x, SIGMA, prompts[0])
         style = [style_feature_energy(f, r, m) for f, r, m in
-                 zip(out.stages, references[terms[0].stream.key].stages, fixed, strict=True)]  # fmt: skip
-        rest, _ = total_energy(terms[1:], [out], references)
+                 zip(out.stages, styled.stages, fixed, strict=True)]  # fmt: skip
+        rest, _ = total_energy(terms[1:], {0: out}, references)
         return 3.0 * sum(style) / 2 + rest
 
     direction = random(1, 48, 8, 12, seed=8)
@@ -258,7 +260,7 @@ def test_nothing_pulls_where_picture_context_and_reference_are_one(model, prompt
     own = features(model, x, SIGMA, prompts[0])
     tap = taps(model, cut=True)
     _, gradient, energies = energy_gradient(
-        x, SIGMA, terms, lambda x: model(x, sigma, prompts[0], tap.options()), tap, {Stream(context).key: own}
+        x, SIGMA, terms, lambda x: model(x, sigma, prompts[0], tap.options()), tap, {Stream(context).key: {None: own}}
     )
     assert max(e.abs().max() for e in energies.values()) < 1e-9
     assert gradient.abs().max() < 1e-9
@@ -313,8 +315,9 @@ def test_windows_of_a_clip_take_their_frames_maps(model, prompts, inversions):
     style = torch.arange(12 * 16).reshape(1, 12, 16) % 2
     whole = StyleTerm(Stream(reference), 1.0, regions=SemanticMap(labels, style))
     chosen = StyleTerm(Stream(reference), 1.0, regions=SemanticMap(labels[[2, 0]], style))
-    assert torch.equal(whole.value(out, theirs, (2, 0)), chosen.value(out, theirs, None))
-    assert not torch.equal(whole.value(out, theirs, (0, 2)), chosen.value(out, theirs, None))
+    resampled = Resampled()
+    assert torch.equal(whole.value(out, theirs, (2, 0), resampled), chosen.value(out, theirs, None, resampled))
+    assert not torch.equal(whole.value(out, theirs, (0, 2), resampled), chosen.value(out, theirs, None, resampled))
 
 
 def test_the_clamp_is_on_the_sum_and_is_reported():
@@ -355,7 +358,7 @@ def test_a_guided_replay_lowers_what_it_weighs_and_reuses_references(model, prom
 
     def style(clean):
         f = features(model, clean + level * context.noise_at(3), level, prompts[0])
-        return all_terms(context, reference)[0].value(f, theirs, None).item()
+        return all_terms(context, reference)[0].value(f, theirs, None, Resampled()).item()
 
     assert style(out) < style(context.clean)
 

@@ -250,7 +250,7 @@ def test_a_tap_below_keeps_the_backgrounds_map_and_gradients_pass(unet):
         tap = FeatureTap(feature_blocks(unet), cross_attention_layers(unet), attention, cut=True)
         options = Injection(unet, tokens, mask, attention).options(tap.options({"cond_or_uncond": [0]}))
         call(unet, x, BACKGROUND, options)
-        (seen,) = tap.read(SIZE)
+        (seen,) = tap.read(SIZE).values()
         return seen
 
     seen = stages(x, REFERENCE, half())

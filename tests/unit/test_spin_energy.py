@@ -9,9 +9,10 @@ from semantic_style.paperland.model import Paperland
 from semantic_style.paperland.unet import UNetConfig
 from semantic_style.regions.adain import EPS
 from semantic_style.samplers.features import Features, FeatureTap
-from semantic_style.samplers.guidance import Stream, energy_gradient
+from semantic_style.samplers.guidance import energy_gradient
 from semantic_style.samplers.inversion import Inversion
 from semantic_style.samplers.spin_energy import SpinStyleTerm, style_distance
+from semantic_style.samplers.terms import Resampled, Stream
 
 
 def random(*shape, seed=0):
@@ -72,18 +73,21 @@ def test_the_energy_is_the_mean_over_stages_of_distances_times_places_inside():
         style_distance(out.stages[0], background.stages[0], coarse) * 6,
         style_distance(out.stages[1], background.stages[1], mask) * 24,
     ]
-    torch.testing.assert_close(term.value(out, background, None), (parts[0] + parts[1]) / 2)
+    torch.testing.assert_close(term.value(out, background, None, Resampled()), (parts[0] + parts[1]) / 2)
 
 
 def test_frames_of_a_window_have_their_own_masks():
     masks = soft_mask(4, 8, 12)
     term = SpinStyleTerm(stream(4), 1.0, mask=masks)
     out, background = (Features((random(2, 6, 4, 6, seed=s), random(2, 3, 8, 12, seed=s + 1))) for s in (1, 3))
-    together = term.value(out, background, (3, 1))
+    together = term.value(out, background, (3, 1), Resampled())
     for row, frame in enumerate((3, 1)):
         alone = SpinStyleTerm(stream(), 1.0, mask=masks[frame : frame + 1])
         torch.testing.assert_close(
-            together[row : row + 1], alone.value(out.rows([row]), background.rows([row]), None), rtol=1e-12, atol=0
+            together[row : row + 1],
+            alone.value(out.rows([row]), background.rows([row]), None, Resampled()),
+            rtol=1e-12,
+            atol=0,
         )
 
 
@@ -157,12 +161,12 @@ def test_a_step_along_the_gradient_brings_the_inside_nearer():
         model(x, sigma, prompt, tap.options())
         return tap.read((8, 12))[0]
 
-    features = {background.key: seen(random(1, 48, 8, 12, seed=2))}
+    features = {background.key: {None: seen(random(1, 48, 8, 12, seed=2))}}
     _, gradient, before = energy_gradient(
         x, level, (term,), lambda x: model(x, sigma, prompt, tap.options()), tap, features
     )
     assert gradient.abs().max() > 0
-    after = term.value(seen(x - 1e-3 * gradient), features[background.key], None)
+    after = term.value(seen(x - 1e-3 * gradient), features[background.key][None], None, Resampled())
     assert float(after) < float(before["spin style"])
 
 

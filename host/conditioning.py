@@ -1,0 +1,82 @@
+"""Prompts of references in the host's form, and what the host says of the prompts of a call."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor
+
+# In `transformer_options`: this call is for a reference, attention patches of this pack let it through.
+REFERENCE = "semantic_style_reference"
+
+# What belongs to the picture being made and not to a reference as a whole.
+_PER_COND = ("control", "gligen", "hooks", "mask", "area", "timestep_start", "timestep_end")
+# How a CONDITIONING says that it is for a part of the picture only.
+_OF_AREAS = ("area", "set_area_to_bounds")
+
+
+def stream_conds(
+    guider: comfy.samplers.CFGGuider, conditioning: list | None, like: Tensor, converted: list[dict] | None = None
+) -> list[dict]:
+    """A reference's own prompt as the host prepares conditioning for latents of its size, for the whole picture.
+
+    Args:
+        guider: with the model loaded.
+        conditioning: the host's CONDITIONING; None where `converted`, the guider's own form of it, is given. Of
+            combined prompts the first counts: a reference is one picture, with one set of features.
+        like: [R, C, *S], a latent of the reference.
+    """
+    given = comfy.sampler_helpers.convert_cond(conditioning) if converted is None else [dict(c) for c in converted]
+    for cond in given:
+        for name in _PER_COND:
+            cond.pop(name, None)
+    processed = comfy.samplers.process_conds(guider.inner_model, like, {"reference": given[:1]}, like.device, like)
+    return processed["reference"]
+
+
+def active_at(conds: Iterable[dict], sigma: float) -> list[dict]:
+    """Those of processed conditions whose range of the run holds the level, as the host chooses them."""
+    return [
+        c
+        for c in conds
+        if not (c.get("timestep_start") is not None and sigma > c["timestep_start"])
+        and not (c.get("timestep_end") is not None and sigma < c["timestep_end"])
+    ]
+
+
+def of_areas(conds: Iterable[dict]) -> bool:
+    """Whether a condition (the guider's form) is for a part of the picture and not for the whole, masked or not."""
+    return any(c.get(name) for c in conds for name in _OF_AREAS)
+
+
+def without_control(cond: dict) -> dict:
+    return {name: value for name, value in cond.items() if name not in ("control", "gligen")}
+
+
+def has_motion(guider: comfy.samplers.CFGGuider) -> bool:
+    """Whether a call's rows may depend on each other, as the frames of a motion model's clip do."""
+    patcher = guider.model_patcher
+    return bool(getattr(patcher, "injections", None)) or "context_handler" in guider.model_options
+
+
+def merged_conds(prompts: list[list[dict]], rows: list[int]) -> dict | None:
+    """One conditioning for the stacked rows of several pictures; None where they do not stack."""
+    if any(len(conds) != 1 for conds in prompts):
+        return None
+    conds = [c for (c,) in prompts]
+    plain = all(c.get(name) is None for c in conds for name in _PER_COND)
+    parts = [c["model_conds"] for c in conds]
+    if not plain or any(set(p) != set(parts[0]) for p in parts):
+        return None
+    merged: dict[str, Any] = {}
+    for name, first in parts[0].items():
+        values = [p[name] for p in parts]
+        if any(type(v) is not type(first) or not isinstance(v.cond, Tensor) for v in values):
+            return None
+        if any(v.cond.shape[1:] != first.cond.shape[1:] or n % len(v.cond) for v, n in zip(values, rows, strict=True)):
+            return None
+        stacked = [v.cond.repeat(n // len(v.cond), *[1] * (v.cond.ndim - 1)) for v, n in zip(values, rows, strict=True)]
+        merged[name] = type(first)(torch.cat(stacked))
+    return {**conds[0], "model_conds": merged}
