@@ -24,7 +24,7 @@ from semantic_style.benchmarks import (
 from semantic_style.benchmarks.host import call, demo
 from semantic_style.benchmarks.pairs import pair_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 STEPS = 2
 
