@@ -1,32 +1,29 @@
 """Flicker of restyled moving Paperland scenes, each frame an image of its own on the plain demo model.
 
-    python tools/run.py benchmarks.flicker_quality [--clips 4] [--frames 4] [--steps 20]
+    python tools/run.py benchmarks.flicker_quality [--count 3] [--frames 4] [--steps 20] [--write]
 
-For fixed seeds: clips restyled with the published video weights and with plain AdaIN replay, every frame with its own
-noise and all with the same. Writes a table into docs/semantix_video.md and a strip of the first clip beside it.
+Runs the nodes that ship, in ComfyUI, for clips of fixed seeds: restyled with the published video weights and with plain
+AdaIN replay, every frame with its own noise and all with the same. Every finished clip is kept in --out.
 """
 
-import argparse
-import time
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..paperland import model as paperland
-from ..paperland.motion import clip
 from ..paperland.scenes import REGIONS, scene
-from ..pictures.flicker import Flicker, flicker
-from ..samplers.ddpm_inversion import ddpm_inversion
-from ..samplers.replay import replay
-from ..samplers.semantix_energy import FOR_VIDEO, semantix_energy
-from ..samplers.step_adain import StepAdaIN
-from ..samplers.terms import Energy, Stream
-from .guided import EnergyGuided
+from . import pool, report
+from .host import call, demo
 
 CFG = 3.5
-VARIANTS = ("exact replay", "AdaIN replay", "video weights")
-NOISES = ("own noise", "same noise")
+OFF = {"style_weight": 0.0, "spatial_weight": 0.0, "semantic_weight": 0.0}
+VARIANTS: dict[str, dict[str, Any]] = {  # inputs of the sampler node
+    "exact replay": {**OFF, "adain_start": 1.0},
+    "AdaIN replay": OFF,
+    "video weights": {"weights": "published for video"},
+}
+NOISES = {"own noise": False, "same noise": True}
 
 
 def words(labels: Tensor) -> str:
@@ -34,99 +31,72 @@ def words(labels: Tensor) -> str:
     return ", ".join(REGIONS[i] for i in labels.unique().tolist())
 
 
-def restyled(model: paperland.Paperland, seed: int, frames: int, steps: int) -> tuple[dict, Tensor, Tensor, Tensor]:
-    """Of one clip: frames by (variant, noise), the context's frames, the reference, the labels."""
-    moving = clip(500 + seed, 600 + seed, frames)
-    reference = scene(700 + seed, 800 + seed)
-    prompt, empty = model.text([words(moving.labels)]), model.text([""])
-    sigmas = paperland.sigmas_normal(steps)
-    style = ddpm_inversion(model.guided(empty, empty, 1.0), paperland.encode_pixels(reference.images), sigmas, seed=1)
-    clean = paperland.encode_pixels(moving.images)
-    made = {}
-    for noise_name in NOISES:
-        rows = frames if noise_name == NOISES[0] else 1
-        noise = torch.randn(steps, rows, *clean.shape[1:], generator=torch.Generator().manual_seed(seed))
-        noise = noise.expand(steps, frames, *clean.shape[1:])
-        context = ddpm_inversion(model.guided(prompt, empty, CFG), clean, sigmas, noise=noise)
-        energy = semantix_energy(Stream(context), Stream(style, empty), FOR_VIDEO)
-        for variant in VARIANTS:
-            guided = EnergyGuided(model, prompt, empty, CFG, energy if variant == VARIANTS[2] else Energy(()), sigmas)
-            adain = None if variant == VARIANTS[0] else StepAdaIN(style, steps)
-            out = replay(guided, context.trajectory[0], sigmas, inversion=context, after_step=adain)
-            made[variant, noise_name] = paperland.decode_pixels(out)
-    return made, moving.images, reference.images, moving.labels
+def measure(frames: int, steps: int, number: int) -> dict[str, Any]:
+    """Of one clip, by variant and noise: excess flicker and change from the context; and frames to look at."""
+    from ..nodes.nodes_inversion import DDPMInversion
+    from ..nodes.nodes_paperland import DrawClip
+    from ..nodes.nodes_semantix import KSampler
+    from ..nodes.nodes_video import MeasureFlicker
+
+    model = demo()
+    moving = call(DrawClip, layout_seed=500 + number, style_seed=600 + number, frames=frames)
+    picture = scene(700 + number, 800 + number).images
+    prompt, empty = model.prompt(words(moving.labels)), model.prompt("")
+    inverted = {"model": model.model, "negative": empty, "steps": steps}
+    style = call(DDPMInversion, **inverted, positive=empty, latent=model.encode(picture), cfg=1.0, seed=1).inversion
+    made, figures = {}, {}
+    for noise, same in NOISES.items():
+        context = call(
+            DDPMInversion,
+            **inverted,
+            positive=prompt,
+            latent=model.encode(moving.images),
+            cfg=CFG,
+            seed=number,
+            same_noise=same,
+        ).inversion
+        for variant, inputs in VARIANTS.items():
+            out = call(
+                KSampler,
+                model=model.model,
+                positive=prompt,
+                negative=empty,
+                context=context,
+                reference=style,
+                cfg=CFG,
+                **inputs,
+            )
+            video = model.decode(out.latent)
+            seen = call(MeasureFlicker, video=video, context=moving.images, labels=moving.labels)
+            change = (video - moving.images).abs().mean().item()
+            made[f"{variant}, {noise}"] = report.as_bytes(video)
+            figures[f"{variant}, {noise}"] = {"excess": seen.excess, "change": change}
+    rows = {"context": report.as_bytes(moving.images), **made, "reference": report.as_bytes(picture)}
+    return {"figures": figures, "pictures": rows}
+
+
+def tables(found: dict[str, dict[str, tuple[float, float]]]) -> dict[str, str]:
+    rows = [
+        [*name.split(", "), report.with_error(f["excess"], 4), f"{f['change'][0]:.3f}"] for name, f in found.items()
+    ]
+    heads = ["variant", "noise of the frames", "excess flicker", "change from the context"]
+    return {"flicker": report.table(heads, rows)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=4)
+    parser = report.parser(__doc__, "flicker_quality", 3, "clips")
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
-    model = paperland.load()
-    measured: dict[tuple[str, str], list[Flicker]] = {}
-    changed: dict[tuple[str, str], list[float]] = {}
-    for number in range(options.clips):
-        start = time.perf_counter()
-        made, context, reference, labels = restyled(model, number, options.frames, options.steps)
-        for key, frames in made.items():
-            measured.setdefault(key, []).append(flicker(frames, context, labels))
-            changed.setdefault(key, []).append(float((frames - context).abs().mean()))
-        if number == 0:
-            _strip(made, context, reference, options.out / "semantix_video.png")
-        print(f"clip {number + 1} of {options.clips}: {time.perf_counter() - start:.0f} s", flush=True)
-    table = _table(measured, changed)
-    print(table)
-    (options.out / "semantix_video.md").write_text(_page(table, options), encoding="utf-8")
-
-
-def _table(measured: dict, changed: dict) -> str:
-    lines = [
-        "| variant | noise of the frames | excess flicker | change from the context |",
-        "| --- | --- | --- | --- |",
-    ]
-    for (variant, noise), found in measured.items():
-        excess = torch.tensor([f.excess for f in found])
-        error = excess.std() / len(found) ** 0.5
-        change = sum(changed[variant, noise]) / len(found)
-        lines.append(f"| {variant} | {noise} | {excess.mean():.4f} ± {error:.4f} | {change:.3f} |")
-    return "\n".join(lines)
-
-
-def _page(table: str, options: argparse.Namespace) -> str:
-    command = (
-        f"python tools/run.py benchmarks.flicker_quality --clips {options.clips} --frames {options.frames} "
-        f"--steps {options.steps}"
-    )
-    return f"""# Flicker of restyled video
-
-`{command}` on the shipped demo model, every frame an image of its own (no motion model). Moving
-Paperland scenes of fixed seeds: the sun, clouds and water move, all else stands still, and so does every pixel there
-in the context. Excess flicker is the mean absolute difference (colours 0 to 1) of neighbouring frames where the context
-stands still; ± is the standard error over the clips. A restyling that changes little flickers little: the last column
-is the mean difference from the context.
-
-{table}
-
-One noise for all frames (`same_noise` in *DDPM Inversion*) gives what stands still the same edit in every frame as far
-as the model's view of the whole picture is the same. A motion model such as AnimateDiff ties the frames together beyond
-that; it needs an SD1.5 checkpoint and was not measured here.
-
-![Frames of the first clip: context, then each variant; right, the reference](semantix_video.png)
-
-*The first clip, not chosen. Rows: context, then the table's rows in their order; the last column is the reference.*
-"""
-
-
-def _strip(made: dict, context: Tensor, reference: Tensor, path: Path) -> None:
-    from PIL import Image
-
-    blank = torch.ones_like(reference)
-    rows = [torch.cat([*context, reference[0]], dim=1)]
-    rows += [torch.cat([*frames, blank[0]], dim=1) for frames in made.values()]
-    Image.fromarray((torch.cat(rows) * 255).round().byte().numpy()).save(path)
-
-
-if __name__ == "__main__":
-    main()
+    settings = options.frames, options.steps
+    mark, work = pool.fingerprint(settings), partial(measure, *settings)
+    found = pool.measured(work, report.numbers(options), options.out, mark, options.workers)
+    per_clip = report.by_name([f["figures"] for f in found])
+    rows = dict(found[0]["pictures"])
+    reference = rows.pop("reference")
+    # Frames run down; a column for each variant, the last one the reference.
+    rows["reference"] = torch.cat([reference, torch.full_like(rows["context"][1:], 255)])
+    average = report.means(per_clip)
+    figures = {"clips": options.count, "frames": options.frames, "steps": options.steps}
+    everything = {**figures, "mean_and_standard_error": average, "per_clip": per_clip}
+    report.publish(options, "semantix_video", tables(average), report.grid(rows), everything)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .speed_cases import Case, bring_in_host, cases, device_name, peak_memory, synchronize
+from .host import bring_in_host
+from .speed_cases import Case, cases, device_name, peak_memory, synchronize
 
 CFG = 3.5
 
@@ -111,7 +112,3 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name in options.models:
         report(cases()[name](options.batch), options.steps, options.repeats, options.levels)
-
-
-if __name__ == "__main__":
-    main()

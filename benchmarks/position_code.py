@@ -1,32 +1,30 @@
 """Which position code makes semantic matches better: label transfer between Paperland scenes.
 
-    python tools/run.py benchmarks.position_code [--weights paperland/weights/paperland.safetensors] [--pairs 100]
+    python tools/run.py benchmarks.position_code [--pairs 100] [--write]
 
 Every place of a scene takes the region label of its match (`samplers.matching.find_matches`) in another scene; right is
-its own true label. Period sets and weights are compared on one set of scene pairs and reported on another. Writes
-docs/position_code.md and docs/position_code.png.
+its own true label. Features are read through ComfyUI as the nodes read them. Period sets and weights are compared on
+one set of scene pairs and reported on another.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from ..demo.sheet import Row, save_sheet
-from ..paperland.evaluate import drawn, features
-from ..paperland.model import WEIGHTS, Paperland, load
+from ..paperland.evaluate import drawn
 from ..paperland.scenes import REGIONS, Scenes, label_image
 from ..regions.semantic_map import resample_labels
 from ..samplers.matching import find_matches
 from ..samplers.position import DEFAULT_PERIODS
+from . import report
+from .host import bring_in_host, demo
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
 SIGMAS = (0.2, 0.6, 1.5, 4.0)
 WEIGHTS_TRIED = (0.3, 0.5, 1.0, 2.0, 3.0)
 PUBLISHED = 3.0
@@ -48,61 +46,11 @@ PERIOD_SETS: tuple[tuple[float, ...], ...] = (
 TRANSFORMER = "transformer"
 CHOICE_SEEDS, HELD_OUT_SEEDS = (11, 12), (21, 22)
 RESAMPLES = 400
+SIDES_APART = 1000  # seeds of the noise
 CLEARLY = 2  # standard errors
 FIELDS = ("all", "classes", "moved")  # columns of each stage
-BATCH = 10
 SHOWN, SHOWN_SIGMA = 4, 0.6
 ABSENT = torch.tensor([0.93, 0.92, 0.9])  # where the reference lacks the region: no label would be right
-
-
-TEXT = """# The position code
-
-Semantix matches each place of the image being made with the most similar place of the reference, by
-`p = normalise(f + weight * PE)`. The wavelengths of `PE` are not published. They are chosen here by label transfer
-between Paperland scenes: does the match of a place carry its region label? Made by
-`{command}`.
-
-**Default: periods of {default} image sides.** With the published weight {published}, on held-out pairs, it scores
-{verdicts}.
-Places with the right label by stage, against no code and the same position: {by_stage}.
-
-![label maps transferred from the reference](position_code.png)
-
-The first pairs of the held-out set, not selected. Grey: the reference lacks this region.
-
-## How it is measured
-
-{pairs} pairs of unrelated scenes for the choice and {pairs} others for the report, noised to σ {sigmas}; out with its
-caption, the reference with the empty prompt. Places whose region the reference lacks are left out.
-
-* all: share of places with the right label; classes: the mean of that share over the regions; the score is the mean of
-  both, over noise levels and stages.
-* moved: share of the right label among those places where the same position has another label.
-* distance: between a place and its match, in image sides.
-
-The rule: at weight {published}, of the period sets that score better than both no code and the same position by two
-standard errors (scene pairs drawn anew, the same for both), the one whose matches reach farthest. It does not go by the
-best score, because Paperland's scenes are more aligned than pictures that users bring, and because at the coarse stage
-this small model knows less about a place than its position does, which favours codes that hold matches in place. The
-rule was set after a first look at the choice pairs; the held-out pairs had no part in it.
-Best score on the choice pairs: {best}; by the rule: {chosen}. The default's best weight there: {weight}.
-The default was taken by this rule on the checkpoint of 6,200 steps and kept since: what counts is that it is better
-than both baselines on the checkpoint measured here, and graphs that users saved go on giving the same pictures.
-
-For single periods of about 4 image sides and longer the code is a parabola: a place that is `d` image sides away has
-to have a cosine better by `(pi * weight * d / period)^2` to win over the same position, so only `weight / period`
-counts. Waves much shorter than the picture are alike again after a period and hold a match to the same place.
-
-## Held-out pairs
-
-{held_out}
-
-## Choice pairs: score by periods and weight
-
-{baselines}
-
-{grid}
-"""
 
 
 @dataclass(frozen=True)
@@ -195,23 +143,28 @@ def written(periods: tuple[float, ...] | str | None) -> str:
     return " ".join(f"{p:g}" for p in periods or ())
 
 
-def pairs_at(model: Paperland, scenes: Sequence[Scenes], sigma: float) -> list[Pairs]:
+def pairs_at(scenes: Sequence[Scenes], sigma: float) -> list[Pairs]:
     """Both stages of pairs of scenes, as a run sees them: out with its caption, the reference with the empty prompt."""
-    count = len(scenes[0].images)
-    captions = [scenes[0].captions, [""] * count]
-    stages: list[list[Tensor]] = []
-    for side, (scene, text) in enumerate(zip(scenes, captions, strict=True)):
-        parts = [
-            features(model, scene.images[i : i + BATCH], text[i : i + BATCH], sigma, seed=1000 * side + i)
-            for i in range(0, count, BATCH)
-        ]
-        stages.append([torch.cat(part) for part in zip(*parts, strict=True)])
+    captions = scenes[0].captions, [""] * len(scenes[1].captions)
+    sides = [features(*side, sigma, SIDES_APART * i) for i, side in enumerate(zip(scenes, captions, strict=True))]
     result = []
-    for out, reference in zip(*stages, strict=True):
+    for out, reference in zip(*sides, strict=True):
         size = (out.shape[2], out.shape[3])
         labels = [resample_labels(scene.labels, size).flatten(1) for scene in scenes]
         result.append(Pairs(out, reference, *labels))
     return result
+
+
+def features(scene: Scenes, captions: Sequence[str], sigma: float, seed: int) -> list[Tensor]:
+    """Decoder features of noised scenes, each with a noise of its own, one tensor [B, C, h, w] per stage."""
+    from ..host.reading import Look, read_features
+
+    model = demo()
+    clean = model.encode(scene.images)["samples"]
+    looks = [Look(clean[i : i + 1], model.prompt(text), seed + i) for i, text in enumerate(captions)]
+    with torch.inference_mode():
+        found = read_features(model.model, looks, sigma)
+    return [torch.cat(stage) for stage in zip(*(f.stages for f in found), strict=True)]
 
 
 def distances(matches: Tensor, size: tuple[int, int]) -> Tensor:
@@ -235,11 +188,11 @@ def transfer(pairs: Pairs, setting: Setting) -> Result:
     )
 
 
-def measure(model: Paperland, count: int, seeds: tuple[int, int], settings: Sequence[Setting]) -> Results:
+def measure(count: int, seeds: tuple[int, int], settings: Sequence[Setting]) -> Results:
     scenes = [drawn(count, seed) for seed in seeds]
     results: Results = {}
     for sigma in SIGMAS:
-        for pairs in pairs_at(model, scenes, sigma):
+        for pairs in pairs_at(scenes, sigma):
             for setting in settings:
                 results[setting, sigma, pairs.size[1]] = transfer(pairs, setting)
         print(f"sigma {sigma:g} of seeds {seeds} done", flush=True)
@@ -291,18 +244,34 @@ def columns(results: Results, setting: Setting) -> list[float]:
     return [*cells, distance(results, setting), score(results, setting).item()]
 
 
-def table(header: Iterable[str], rows: Iterable[tuple[str, Iterable[float]]]) -> str:
-    lines = ["| " + " | ".join(header) + " |"]
-    lines.append("|---" + "|---:" * (lines[0].count("|") - 2) + "|")
-    lines += [f"| {name} | " + " | ".join(f"{v:.3f}" for v in values) + " |" for name, values in rows]
-    return "\n".join(lines)
-
-
-def report(choice: Results, held_out: Results, pairs: int, weights: str) -> str:
+def tables(choice: Results, held_out: Results) -> dict[str, str]:
+    """What the page says of the default, of the held-out pairs and of the choice."""
     default = [Setting(w, DEFAULT_PERIODS) for w in WEIGHTS_TRIED]
     transformer = [Setting(w, TRANSFORMER) for w in WEIGHTS_TRIED]
     rest = [Setting(PUBLISHED, periods) for periods in PERIOD_SETS if periods != DEFAULT_PERIODS]
-    best, chosen = choose(choice)
+    stages = sorted({stage for _, _, stage in held_out})
+    heads = ["", *(f"{s}x{s} {what}" for s in stages for what in FIELDS)]
+    heads += [*(f"σ {sigma:g}" for sigma in SIGMAS), "distance", "score"]
+    settings = [NO_CODE, SAME_POSITION, *default, *transformer, *rest]
+    rows = [[s.name, *(f"{v:.3f}" for v in columns(held_out, s))] for s in settings]
+    grid = {
+        f"{written(p)}{' (default)' * (p == DEFAULT_PERIODS)}": [Setting(w, p) for w in WEIGHTS_TRIED]
+        for p in dict.fromkeys([*PERIOD_SETS, DEFAULT_PERIODS])
+    }
+    grid["transformer frequencies"] = transformer
+    return {
+        "default": verdict(held_out),
+        "choice": chosen(choice),
+        "held out": report.table(heads, rows),
+        "scores": report.table(
+            ["periods \\ weight", *(f"{w:g}" for w in WEIGHTS_TRIED)],
+            [[name, *(f"{score(choice, s).item():.3f}" for s in row)] for name, row in grid.items()],
+        ),
+    }
+
+
+def verdict(held_out: Results) -> str:
+    """The default at the published weight against both baselines."""
     ours = Setting(PUBLISHED, DEFAULT_PERIODS)
     verdicts = []
     for other in (NO_CODE, SAME_POSITION):
@@ -313,89 +282,61 @@ def report(choice: Results, held_out: Results, pairs: int, weights: str) -> str:
     stages = sorted({stage for _, _, stage in held_out})
     shares = [columns(held_out, setting)[:: len(FIELDS)] for setting in (ours, NO_CODE, SAME_POSITION)]
     by_stage = [f"{s}x{s} {a:.3f}, {b:.3f}, {c:.3f}" for s, a, b, c in zip(stages, *shares, strict=False)]
-    header = ["", *(f"{s}x{s} {what}" for s in stages for what in FIELDS)]
-    header += [*(f"σ {sigma:g}" for sigma in SIGMAS), "distance", "score"]
-    grid = [
-        (f"{written(p)}{' (default)' * (p == DEFAULT_PERIODS)}", [Setting(w, p) for w in WEIGHTS_TRIED])
-        for p in dict.fromkeys([*PERIOD_SETS, DEFAULT_PERIODS])
-    ]
-    grid.append(("transformer frequencies", transformer))
-    values = {
-        "command": f"python tools/run.py benchmarks.position_code --weights {weights} --pairs {pairs}",
-        "pairs": str(pairs),
-        "sigmas": ", ".join(f"{sigma:g}" for sigma in SIGMAS),
-        "default": written(DEFAULT_PERIODS),
-        "published": f"{PUBLISHED:g}",
-        "verdicts": " and ".join(verdicts),
-        "by_stage": "; ".join(by_stage),
-        "best": f"{written(best.periods)} ({score(choice, best).item():.3f})",
-        "chosen": f"{written(chosen.periods)} ({score(choice, chosen).item():.3f})" if chosen else "none",
-        "weight": f"{max(default, key=lambda setting: score(choice, setting).item()).weight:g}",
-        "held_out": table(
-            header, [(s.name, columns(held_out, s)) for s in [NO_CODE, SAME_POSITION, *default, *transformer, *rest]]
-        ),
-        "baselines": f"No code: {score(choice, NO_CODE).item():.3f}. "
-        f"Same position: {score(choice, SAME_POSITION).item():.3f}.",
-        "grid": table(
-            ["periods \\ weight", *(f"{w:g}" for w in WEIGHTS_TRIED)],
-            [(name, [score(choice, setting).item() for setting in row]) for name, row in grid],
-        ),
-    }
-    return TEXT.format(**values)
+    return (
+        f"**Default: periods of {written(DEFAULT_PERIODS)} image sides.** With the published weight {PUBLISHED:g}, on "
+        f"held-out pairs, it scores {' and '.join(verdicts)}.\n"
+        f"Places with the right label by stage, against no code and the same position: {'; '.join(by_stage)}."
+    )
 
 
-def picture(model: Paperland, count: int) -> list[Row]:
-    """The first of the held-out pairs: scenes and label maps at the finer stage."""
+def chosen(choice: Results) -> str:
+    """What the choice pairs say."""
+    best, by_rule = choose(choice)
+    default = [Setting(w, DEFAULT_PERIODS) for w in WEIGHTS_TRIED]
+
+    def scored(setting: Setting | None) -> str:
+        return f"{written(setting.periods)} ({score(choice, setting).item():.3f})" if setting else "none"
+
+    return (
+        f"No code: {score(choice, NO_CODE).item():.3f}. Same position: {score(choice, SAME_POSITION).item():.3f}. Best "
+        f"score on the choice pairs: {scored(best)}; by the rule: {scored(by_rule)}. The default's best weight there: "
+        f"{max(default, key=lambda setting: score(choice, setting).item()).weight:g}."
+    )
+
+
+def picture(count: int) -> dict[str, Tensor]:
+    """The first of the held-out pairs: scenes and label maps at the finer stage, by column."""
     drawings = [drawn(count, seed) for seed in HELD_OUT_SEEDS]
     scenes = [Scenes(s.images[:SHOWN], s.labels[:SHOWN], s.captions[:SHOWN]) for s in drawings]
-    pairs = pairs_at(model, scenes, SHOWN_SIGMA)[-1]
-    known = pairs.known()
-
-    def shown(image: Tensor) -> Image.Image:
-        return Image.fromarray((image * 255).round().byte().numpy())
-
-    settings = [
-        ("no code", NO_CODE),
-        ("transformer, weight 1", Setting(1.0, TRANSFORMER)),
-        (f"default, weight {PUBLISHED:g}", Setting(PUBLISHED, DEFAULT_PERIODS)),
-        ("same position", SAME_POSITION),
-    ]
-    transferred = [(name, pairs.transfer(setting)) for name, setting in settings]
-    rows = []
-    for i in range(len(known)):
-        cells = [("scene", shown(scenes[0].images[i])), ("reference", shown(scenes[1].images[i]))]
-        for name, labels in [("true labels", pairs.labels), *transferred]:
-            share = (labels == pairs.labels)[i][known[i]].float().mean()
-            colors = torch.where(known[i][:, None], label_image(labels[i : i + 1])[0], ABSENT)
-            title = name if name == "true labels" else f"{name}: {share:.0%}"
-            cells.append((title, shown(colors.unflatten(0, pairs.size))))
-        rows.append(Row(f"Pair {i + 1} at sigma {SHOWN_SIGMA:g}: labels transferred from the reference", cells))
-    return rows
+    pairs = pairs_at(scenes, SHOWN_SIGMA)[-1]
+    known = pairs.known()[..., None]
+    settings = {
+        "no code": NO_CODE,
+        "transformer, weight 1": Setting(1.0, TRANSFORMER),
+        f"default, weight {PUBLISHED:g}": Setting(PUBLISHED, DEFAULT_PERIODS),
+        "same position": SAME_POSITION,
+    }
+    maps = {"true labels": pairs.labels, **{name: pairs.transfer(setting) for name, setting in settings.items()}}
+    columns = {"scene": scenes[0].images, "reference": scenes[1].images}
+    for name, labels in maps.items():
+        colors = torch.where(known, label_image(labels[:, None])[:, 0], ABSENT).unflatten(1, pairs.size)
+        side = scenes[0].images.shape[1] // pairs.size[0]
+        columns[name] = colors.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    return columns
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder for position_code.md and .png")
-    arguments = parser.parse_args()
-    model = load(arguments.weights)
+    parser.add_argument("--out", type=Path, default=Path("output/position_code"))
+    parser.add_argument("--write", action="store_true", help="put tables and picture into docs/")
+    options = parser.parse_args()
+    bring_in_host()
     baselines = [NO_CODE, SAME_POSITION, *(Setting(w, TRANSFORMER) for w in WEIGHTS_TRIED)]
     sets = list(dict.fromkeys([DEFAULT_PERIODS, *PERIOD_SETS]))
     tried = [Setting(w, p) for p in sets for w in WEIGHTS_TRIED]
-    choice = measure(model, arguments.pairs, CHOICE_SEEDS, [*baselines, *tried])
+    choice = measure(options.pairs, CHOICE_SEEDS, [*baselines, *tried])
     reported = [s for s in tried if s.weight == PUBLISHED or s.periods == DEFAULT_PERIODS]
-    held_out = measure(model, arguments.pairs, HELD_OUT_SEEDS, [*baselines, *reported])
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    root = DOCS.parent
-    weights = arguments.weights.resolve()
-    name = weights.relative_to(root) if weights.is_relative_to(root) else weights
-    text = report(choice, held_out, arguments.pairs, str(name))
-    (arguments.out / "position_code.md").write_text(text, encoding="utf-8")
-    print(text)
-    save_sheet(picture(model, arguments.pairs), arguments.out / "position_code.png", "Matches and the position code")
-
-
-if __name__ == "__main__":
-    main()
+    held_out = measure(options.pairs, HELD_OUT_SEEDS, [*baselines, *reported])
+    report.publish(options, "position_code", tables(choice, held_out), report.grid(picture(options.pairs)))

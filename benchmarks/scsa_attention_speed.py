@@ -272,7 +272,3 @@ def main() -> None:
     for places in (p for p in options.places if DENSE_MATRICES * HEADS * p**2 * dtype.itemsize < options.limit * 2**30):
         for regions in options.regions:
             report_block(places, regions, options.repeats, device, dtype)
-
-
-if __name__ == "__main__":
-    main()

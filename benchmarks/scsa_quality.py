@@ -1,50 +1,34 @@
 """What each part of SCSA does, on Paperland pairs with known labels: style taken over and structure kept.
 
-    python tools/run.py benchmarks.scsa_quality [--pairs 50] [--steps 24] [--workers 2]
+    python tools/run.py benchmarks.scsa_quality [--count 50] [--steps 20] [--workers 2] [--write]
 
-The recipe is StyleID's: DDIM inversion with the empty prompt and no guidance, the noisiest step skipped, AdaIN of the
-latent that the run starts from, attention to the references at every step. Pairs, measures and files as in
-`benchmarks.semantix_quality`; every finished batch is kept in --out: call it again to go on. At the end it writes there
-`scsa_quality.json` (all figures), `scsa_table.md` and `scsa_grid.png` (the first pairs).
+Runs the nodes that ship, in ComfyUI, by StyleID's recipe: DDIM inversion with the empty prompt and no guidance, the
+noisiest step skipped, AdaIN of the latent that the run starts from, attention to the references at every step. Pairs
+and measures as in `benchmarks.semantix_quality`; every finished pair is kept in --out: call it again to go on.
 """
 
-import argparse
-import hashlib
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention.layers import feature_blocks
-from ..attention.scsa_attention import Settings
-from ..paperland import model as paperland
 from ..paperland import scenes
-from ..paperland.model import Paperland
-from ..regions.adain import adain_latents
-from ..regions.clustering import cluster, joint_vectors
+from ..paperland.model import PATCH
 from ..regions.semantic_map import SemanticMap, resample_labels
-from ..samplers.features import FeatureTap
-from ..samplers.inversion import Inversion
-from ..samplers.replay import replay
+from . import pool, report
 from .agreement import agreement
-from .scsa_denoiser import Pictures, Read, ScsaDenoiser, invert
-from .semantix_quality import FIGURES, FIRST_SEED, Judge, Pairs, batch_file, batches, mean_and_error, pairs_of
+from .host import call, demo
+from .pairs import FIGURES, FIRST_SEED, Judge, Pair, pair_of
 
 SKIP = 1
 WRONG = 0.2
 BLOCK = 16  # pixels, of wrong labels
-PLACE = paperland.PATCH
 ALSO_RATED = ("one", "automatic, number given")  # maps that are compared with the true ones beside those of variants
-AUTO_SIGMA = 0.6  # the node's default
 GRID_ROWS = 6
-CELL, GAP, HEAD = 128, 6, 34
+OURS = "SCSA"
 
 
 @dataclass(frozen=True)
@@ -52,16 +36,14 @@ class Variant:
     """One way to restyle.
 
     Attributes:
-        maps: which semantic maps: see `maps_of`; "one" is one region everywhere.
-        pictures: which maps are drawn as the references' map pictures; None where a1 is 0.
-        settings: of SCSA.
+        maps: which semantic maps, see `Prepared.maps_of`.
+        inputs: of Apply SCSA where they are not its defaults.
         adain: the run starts from S-AdaIN of the content's noise, else from the noise itself.
         patched: False leaves SCSA out.
     """
 
     maps: str = "true"
-    pictures: str | None = "true"
-    settings: Settings = field(default_factory=Settings)
+    inputs: dict[str, float] = field(default_factory=dict)
     adain: bool = True
     patched: bool = True
 
@@ -70,316 +52,218 @@ def variants() -> dict[str, Variant]:
     """The full method, each part left out in turn, and other maps."""
     full = Variant()
 
-    def maps(name: str) -> Variant:
-        return replace(full, maps=name, pictures=name)
+    def weights(**inputs: float) -> Variant:
+        return replace(full, inputs=inputs)
 
-    universal = replace(full, maps="one", pictures=None, settings=Settings(a1=0.0))
     return {
         "S-AdaIN only": replace(full, patched=False),
-        "universal attention": universal,
-        "SCSA": full,
-        "without SCA": replace(full, settings=Settings(t1=0.0)),
-        "without SCA, SSA for it": replace(full, settings=Settings(t1=0.0, t2=1.0)),
-        "without SSA": replace(full, settings=Settings(t2=0.0)),
-        "without SSA, SCA for it": replace(full, settings=Settings(t1=1.0, t2=0.0)),
-        "SCA and SSA alike": replace(full, settings=Settings(t1=0.5, t2=0.5)),
+        "universal attention": Variant("one", {"a1": 0.0}),
+        OURS: full,
+        "without SCA": weights(t1=0.0),
+        "without SCA, SSA for it": weights(t1=0.0, t2=1.0),
+        "without SSA": weights(t2=0.0),
+        "without SSA, SCA for it": weights(t1=1.0, t2=0.0),
+        "SCA and SSA alike": weights(t1=0.5, t2=0.5),
         "without S-AdaIN": replace(full, adain=False),
-        "without map pictures": replace(full, pictures=None, settings=Settings(a1=0.0)),
-        "automatic maps": maps("automatic"),
-        "20% wrong, blocks": maps("blocks"),
-        "20% wrong, places": maps("places"),
+        "without map pictures": weights(a1=0.0),
+        "automatic maps": Variant("automatic"),
+        "20% wrong, blocks": Variant("blocks"),
+        "20% wrong, places": Variant("places"),
     }
 
 
-def wrong_labels(labels: Tensor, side: int, numbers: Sequence[int]) -> Tensor:
-    """Labels [B, H, W] of which `WRONG` of the squares of `side` pixels, drawn by chance, have another label of the
+def wrong_labels(labels: Tensor, side: int, number: int) -> Tensor:
+    """Labels [1, H, W] of which `WRONG` of the squares of `side` pixels, drawn by chance, have another label of the
     picture's own, one for the whole square where it differs."""
-    out = labels.clone()
-    for i, number in enumerate(numbers):
-        g = scenes.seeded(FIRST_SEED + 31 * number + side)
-        h, w = (n // side for n in labels.shape[1:])
-        known = torch.unique(labels[i])
-        chosen = torch.zeros(h * w, dtype=torch.bool)
-        chosen[torch.randperm(h * w, generator=g)[: round(WRONG * h * w)]] = True
-        # Another one than the square shows most of, so that all that are chosen are wrong.
-        most = torch.searchsorted(known, resample_labels(labels[i : i + 1], (h, w)).flatten())
-        shift = torch.randint(1, len(known), (h * w,), generator=g)
-        drawn = known[(most + shift) % len(known)]
+    g = scenes.seeded(FIRST_SEED + 31 * number + side)
+    h, w = (n // side for n in labels.shape[1:])
+    known = torch.unique(labels)
+    chosen = torch.zeros(h * w, dtype=torch.bool)
+    chosen[torch.randperm(h * w, generator=g)[: round(WRONG * h * w)]] = True
+    # Another one than the square shows most of, so that all that are chosen are wrong.
+    most = torch.searchsorted(known, resample_labels(labels, (h, w)).flatten())
+    drawn = known[(most + torch.randint(1, len(known), (h * w,), generator=g)) % len(known)]
 
-        def full(t: Tensor, h: int = h, w: int = w) -> Tensor:
-            return t.unflatten(0, (h, w)).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    def squares(t: Tensor) -> Tensor:
+        return t.unflatten(0, (h, w)).repeat_interleave(side, 0).repeat_interleave(side, 1)
 
-        out[i] = torch.where(full(chosen), full(drawn), labels[i])
-    return out
-
-
-def automatic_maps(
-    model: Paperland, content: Inversion, style: Inversion, regions: Sequence[int], seeds: Sequence[int]
-) -> SemanticMap:
-    """Joint clustering of both pictures' decoder features, of every pair by itself, as the node does it; 0 regions
-    chooses."""
-    found: list[list[Tensor]] = []
-    noise = torch.randn(content.clean.shape[1:], generator=torch.Generator().manual_seed(0))
-    for inversion in (content, style):
-        tap = FeatureTap(feature_blocks(model.unet))
-        x = inversion.clean + AUTO_SIGMA * noise
-        model(x, x.new_full((len(x),), AUTO_SIGMA), model.text([""]).expand(len(x), -1, -1), tap.options())
-        found.append([tap.features[b] for b in tap.blocks])
-    rows = []
-    for i in range(len(content.clean)):
-        sides = [joint_vectors([stage[i : i + 1] for stage in stages]) for stages in found]
-        rows.append(cluster(sides[0], sides[1], regions=regions[i], seed=seeds[i]).regions)
-    return SemanticMap(torch.cat([r.content for r in rows]), torch.cat([r.style for r in rows]))
+    return torch.where(squares(chosen), squares(drawn), labels)
 
 
 class Prepared:
-    """Inversions of a batch of pairs and of its map pictures, made when a variant first asks for them."""
+    """Inversions of a pair and of its map pictures, made when a variant first asks for them."""
 
-    def __init__(self, model: Paperland, pairs: Pairs, steps: int) -> None:
-        self.model, self.pairs = model, pairs
-        self.empty = model.text([""])
-        self.sigmas = paperland.sigmas_normal(steps)
-        self.read: Read = {}
-        self.content, self.style = self._inverted(pairs.contexts.images), self._inverted(pairs.references.images)
+    def __init__(self, pair: Pair, number: int, steps: int) -> None:
+        self.pair, self.number, self.steps = pair, number, steps
+        self.demo = demo()
+        self.empty = self.demo.prompt("")
+        self.content, self.style = self._inverted(pair.context.images, pair.reference.images)
         self.maps: dict[str, SemanticMap] = {}
-        self.map_pictures: dict[str, tuple[Inversion, Inversion]] = {}
+        self.map_pictures: dict[str, tuple[Any, Any]] = {}
 
-    def _inverted(self, images: Tensor) -> Inversion:
-        return invert(self.model, paperland.encode_pixels(images), self.sigmas, self.empty, self.read)
+    def _inverted(self, content: Tensor, style: Tensor) -> tuple[Any, Any]:
+        """Two pictures as one batch, as the example graphs do it."""
+        from ..nodes.nodes_inversion import DDIMInversion, InversionFromBatch
+
+        both = call(
+            DDIMInversion,
+            model=self.demo.model,
+            positive=self.empty,
+            negative=self.empty,
+            latent=self.demo.encode(torch.cat([content, style])),
+            steps=self.steps,
+            scheduler="normal",
+        ).inversion
+        one, other = (call(InversionFromBatch, inversion=both, batch_index=i).inversion for i in (0, 1))
+        return one, other
 
     def maps_of(self, name: str) -> SemanticMap:
+        """The true maps, "one" region everywhere, "blocks" or "places" with wrong labels, or "automatic" ones."""
         if name not in self.maps:
-            self.maps[name] = self._maps(name)
+            self.maps[name] = self._automatic(name) if name.startswith("automatic") else self._labelled(name)
         return self.maps[name]
 
-    def _maps(self, name: str) -> SemanticMap:
-        content, style, numbers = self.pairs.contexts.labels, self.pairs.references.labels, self.pairs.numbers
-        if name == "true":
-            return SemanticMap(content, style)
-        if name == "one":
-            return SemanticMap(torch.zeros_like(content), torch.zeros_like(style))
-        if name in ("blocks", "places"):
-            side = BLOCK if name == "blocks" else PLACE
-            return SemanticMap(
-                wrong_labels(content, side, numbers), wrong_labels(style, side, [n + 7919 for n in numbers])
-            )
-        given = [len(torch.unique(torch.cat([c, s]))) for c, s in zip(content, style, strict=True)]
-        wanted = given if name == "automatic, number given" else [0] * len(given)
-        return automatic_maps(self.model, self.content, self.style, wanted, numbers)
+    def _labelled(self, name: str) -> SemanticMap:
+        from ..nodes.nodes_adain import MapFromLabels
 
-    def pictures_of(self, name: str | None) -> Pictures:
-        """The references, with the pictures of these maps."""
-        if name is None:
-            return Pictures(self.content, self.style)
+        labels = self.pair.context.labels, self.pair.reference.labels
+        if name == "one":
+            labels = torch.zeros_like(labels[0]), torch.zeros_like(labels[1])
+        elif name != "true":
+            side = BLOCK if name == "blocks" else PATCH
+            labels = wrong_labels(labels[0], side, self.number), wrong_labels(labels[1], side, self.number + 7919)
+        return call(MapFromLabels, content=labels[0], style=labels[1]).semantic_map
+
+    def _automatic(self, name: str) -> SemanticMap:
+        from ..nodes.nodes_auto_map import AutoMap
+
+        labels = torch.cat([self.pair.context.labels, self.pair.reference.labels])
+        return call(
+            AutoMap,
+            model=self.demo.model,
+            content=self.content,
+            style=self.style,
+            regions=0 if name == "automatic" else len(labels.unique()),
+            seed=self.number,
+        ).semantic_map
+
+    def pictures_of(self, name: str) -> dict[str, Any]:
+        """For Apply SCSA's pictures of the maps: regions in the demo world's colours, or the node draws its own."""
+        if name == "automatic":
+            return {"vae": self.demo.vae}
         if name not in self.map_pictures:
-            maps, size = self.maps_of(name), tuple(self.pairs.contexts.labels.shape[1:])
-            colors = map_colors(name)
-            drawn = (colors[resample_labels(labels, size)] for labels in (maps.content, maps.style))
-            content, style = (self._inverted(images) for images in drawn)
-            self.map_pictures[name] = content, style
-        return Pictures(self.content, self.style, *self.map_pictures[name])
+            maps = self.maps_of(name)
+            self.map_pictures[name] = self._inverted(*(scenes.label_image(m) for m in (maps.content, maps.style)))
+        return dict(zip(("content_map", "style_map"), self.map_pictures[name], strict=True))
 
     def run(self, variant: Variant) -> Tensor:
-        """Pictures [B, H, W, 3]."""
-        regions = self.maps_of(variant.maps)
-        x, levels = self.content.trajectory[SKIP], self.sigmas[SKIP:]
+        """The picture [1, H, W, 3]."""
+        from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
+
+        from ..nodes.nodes_adain import AdaIN
+        from ..nodes.nodes_inversion import InversionLatent, Replay
+        from ..nodes.nodes_scsa import ApplySCSA
+
+        maps, model, start = self.maps_of(variant.maps), self.demo.model, {}
         if variant.adain:
-            x = adain_latents(x, self.style.trajectory[SKIP], regions)
-        model: Callable[..., Tensor] = self.model.guided(self.empty, self.empty, 1.0)
+            content, style = (call(InversionLatent, inversion=i, step=SKIP).latent for i in (self.content, self.style))
+            start = {"start": call(AdaIN, content=content, style=style, semantic_map=maps).latent}
         if variant.patched:
-            pictures = self.pictures_of(variant.pictures)
-            model = ScsaDenoiser(self.model, pictures, regions, variant.settings, self.empty, read=self.read)
-        return paperland.decode_pixels(replay(model, x, levels, inversion=self.content))
+            looks = variant.inputs.get("a1") != 0.0 and variant.inputs.get("t1") != 0.0
+            pictures = self.pictures_of(variant.maps) if looks else {}
+            references = {"content": self.content, "style": self.style, "semantic_map": maps, **pictures}
+            model = call(ApplySCSA, model=model, **references, **variant.inputs).model
+        run = call(Replay, inversion=self.content, skip=SKIP, **start)
+        guider = call(CFGGuider, model=model, positive=self.empty, negative=self.empty, cfg=1.0).guider
+        out = call(
+            SamplerCustomAdvanced,
+            noise=run.noise,
+            guider=guider,
+            sampler=run.sampler,
+            sigmas=run.sigmas,
+            latent_image=run.latent,
+        )
+        return self.demo.decode(out.output)
 
 
-def map_colors(name: str) -> Tensor:
-    """[labels, 3]: what map pictures are painted with."""
-    if name.startswith("automatic"):
-        return torch.tensor(list(scenes.COLORS.values())) / 255
-    return scenes.LABEL_COLORS.float() / 255
-
-
-@torch.no_grad()
-def run_batch(
-    model: Paperland, numbers: Sequence[int], chosen: dict[str, Variant], steps: int, tell: Callable[[str], None]
-) -> dict[str, Any]:
-    """All variants of a batch: figures, seconds per pair, what the maps are like, and pictures as bytes."""
-    pairs = pairs_of(numbers)
-    judge = Judge(pairs)
-    drawn = {"content": pairs.contexts, "style": pairs.references, "ideal": pairs.ideals}
-    pictures = {name: s.images for name, s in drawn.items()}
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-    prepared = Prepared(model, pairs, steps)
-    seconds["inversions"] = (time.perf_counter() - start) / len(numbers)
-    tell("inverted")
+def measure(chosen: dict[str, Variant], steps: int, number: int) -> dict[str, Any]:
+    """All variants of a pair: figures, processor seconds, what the maps are like, and pictures."""
+    pair = pair_of(number)
+    judge = Judge(pair)
+    pictures = {"content": pair.context.images, "style": pair.reference.images, "ideal": pair.ideal.images}
+    start = time.process_time()
+    prepared = Prepared(pair, number, steps)
+    seconds = {"inversions": time.process_time() - start}
     for name, variant in chosen.items():
-        start = time.perf_counter()
+        start = time.process_time()
         pictures[name] = prepared.run(variant)
-        seconds[name] = (time.perf_counter() - start) / len(numbers)
-        tell(name)
-    for name in ALSO_RATED:
-        prepared.maps_of(name)
+        seconds[name] = time.process_time() - start
+    rated = dict.fromkeys([*(v.maps for v in chosen.values()), *ALSO_RATED])
     return {
-        "numbers": list(numbers),
-        "figures": {name: judge(images) for name, images in pictures.items()},
-        "maps_read": "fresh noise",
-        "maps": {name: maps_figures(pairs, maps) for name, maps in prepared.maps.items()},
+        "figures": {name: judge(image) for name, image in pictures.items()},
+        "maps": {name: rate(pair, prepared.maps_of(name)) for name in rated},
         "seconds": seconds,
-        "pictures": {name: (images * 255).round().byte() for name, images in pictures.items()},
+        "pictures": {name: report.as_bytes(image[0]) for name, image in pictures.items()},
     }
 
 
-def maps_figures(pairs: Pairs, maps: SemanticMap) -> dict[str, list[float]]:
-    """How maps agree with the true ones on the grid of the finest attention, for each pair."""
-    grid = tuple(n // PLACE for n in pairs.contexts.labels.shape[1:])
-    on, truth = maps.at(grid, grid), SemanticMap(pairs.contexts.labels, pairs.references.labels).at(grid, grid)
-    rows = zip(on.content, on.style, truth.content, truth.style, strict=True)
-    found = [agreement(*row) for row in rows]
-    return {name: [f[name] for f in found] for name in found[0]}
+def rate(pair: Pair, maps: SemanticMap) -> dict[str, float]:
+    """How maps agree with the true ones on the grid of the finest attention."""
+    grid = tuple(n // PATCH for n in pair.context.labels.shape[1:])
+    on, truth = maps.at(grid, grid), SemanticMap(pair.context.labels, pair.reference.labels).at(grid, grid)
+    return agreement(on.content[0], on.style[0], truth.content[0], truth.style[0])
 
 
-def fingerprint(arguments: argparse.Namespace, chosen: dict[str, Variant]) -> str:
-    """Of everything that a batch's results depend on but the code."""
-    weights = hashlib.sha256(arguments.checkpoint.read_bytes()).hexdigest()
-    parts = [weights, arguments.steps, {name: asdict(v) for name, v in chosen.items()}]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def work(arguments: argparse.Namespace, chosen: dict[str, Variant], worker: int) -> None:
-    """Batches that are not there yet: every worker starts in its own part and goes on where others have not been."""
-    torch.set_num_threads(1)
-    mark = fingerprint(arguments, chosen)
-    model = paperland.load(arguments.checkpoint)
-    everything = batches(arguments)
-    first = worker * len(everything) // arguments.workers
-    for numbers in [*everything[first:], *everything[:first]]:
-        path = batch_file(arguments, numbers, mark)
-        if path.exists():
-            continue
-        start = time.perf_counter()
-
-        def tell(what: str, numbers: range = numbers, start: float = start) -> None:
-            gone = time.perf_counter() - start
-            print(f"worker {worker}: pairs {numbers.start}-{numbers[-1]}, {what}, {gone:.0f} s", flush=True)
-
-        result = run_batch(model, numbers, chosen, arguments.steps, tell)
-        part = path.with_suffix(f".part{worker}")
-        torch.save(result, part)
-        part.replace(path)
-
-
-def gather(arguments: argparse.Namespace, chosen: dict[str, Variant]) -> dict[str, Any]:
-    """All batches in one: figures per pair, means and standard errors, and the comparison of SCSA with the others."""
-    mark = fingerprint(arguments, chosen)
-    found = [torch.load(batch_file(arguments, b, mark)) for b in batches(arguments)]
-    per_pair = {
-        name: {figure: [v for f in found for v in f["figures"][name][figure]] for figure in FIGURES}
-        for name in found[0]["figures"]
-    }
-    maps = {
-        name: {figure: [v for f in found for v in f["maps"][name][figure]] for figure in figures}
-        for name, figures in found[0]["maps"].items()
-    }
-    ahead = {}
-    for name, figures in per_pair.items():
-        gains = {f: [a - b for a, b in zip(per_pair["SCSA"][f], figures[f], strict=True)] for f in FIGURES}
-        ahead[name] = {
-            figure: {
-                "mean_and_error": mean_and_error(values),
-                "share_of_pairs": sum(v > 0 for v in values) / len(values),
-            }
-            for figure, values in gains.items()
-        }
+def gather(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """All pairs in one: figures per pair, means and standard errors, and the comparison of SCSA with the others."""
+    per_pair, maps = (report.by_name([f[part] for f in found]) for part in ("figures", "maps"))
     return {
-        "pairs": arguments.pairs,
-        "first_pair": arguments.first,
-        "steps": arguments.steps,
-        "variants": {name: asdict(v) for name, v in chosen.items()},
-        "seconds_per_pair": {name: sum(f["seconds"][name] for f in found) / len(found) for name in found[0]["seconds"]},
-        "mean_and_standard_error": _means(per_pair),
-        "scsa_ahead": ahead,
-        "maps": _means(maps),
+        "seconds_per_pair": {
+            n: report.mean_and_error([f["seconds"][n] for f in found])[0] for n in found[0]["seconds"]
+        },
+        "mean_and_standard_error": report.means(per_pair),
+        "scsa_ahead": {
+            name: {f: report.compared(per_pair[OURS][f], values) for f, values in figures.items()}
+            for name, figures in per_pair.items()
+        },
+        "maps": report.means(maps),
         "per_pair": per_pair,
         "maps_per_pair": maps,
     }
 
 
-def _means(per_pair: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, tuple[float, float]]]:
-    return {name: {f: mean_and_error(v) for f, v in figures.items()} for name, figures in per_pair.items()}
-
-
-def table(report: dict[str, Any]) -> str:
-    """The figures as a markdown table."""
-    heads = ["", *FIGURES.values(), "SCSA's style ahead by", "of pairs", "SCSA's score ahead by", "of pairs"]
-    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
-    for name, figures in report["mean_and_standard_error"].items():
-        cells = [
-            f"{mean:.3f} ± {error:.3f}" if figure in ("style", "structure", "score") else f"{mean:.3f}"
-            for figure, (mean, error) in figures.items()
-        ]
+def tables(gathered: dict[str, Any]) -> dict[str, str]:
+    """The figures, and what the maps are like."""
+    rows = []
+    for name, figures in gathered["mean_and_standard_error"].items():
+        cells = [name]
+        for figure in FIGURES:
+            spread = figure in ("style", "structure", "score")
+            cells.append(report.with_error(figures[figure]) if spread else f"{figures[figure][0]:.3f}")
         for figure in ("style", "score"):
-            ahead = report["scsa_ahead"][name][figure]
-            mean, error = ahead["mean_and_error"]
-            cells += ["", ""] if name == "SCSA" else [f"{mean:+.3f} ± {error:.3f}", f"{ahead['share_of_pairs']:.0%}"]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    lines += ["", "| maps | " + " | ".join(next(iter(report["maps"].values()))) + " |"]
-    lines.append("| --- |" + " --- |" * len(next(iter(report["maps"].values()))))
-    for name, figures in report["maps"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in figures.values()) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def grid(arguments: argparse.Namespace, chosen: dict[str, Variant]) -> Any:
-    """The first pairs as rows, a column for each picture."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    mark = fingerprint(arguments, chosen)
-    found = [torch.load(batch_file(arguments, b, mark))["pictures"] for b in batches(arguments)]
-    pictures = {name: torch.cat([f[name] for f in found])[:GRID_ROWS].numpy() for name in found[0]}
-    rows = min(GRID_ROWS, arguments.pairs)
-    sheet = Image.new("RGB", (len(pictures) * (CELL + GAP) - GAP, HEAD + rows * (CELL + GAP) - GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, (name, images) in enumerate(pictures.items()):
-        draw.text((column * (CELL + GAP), 2), name.replace(", ", ",\n"), (40, 36, 32), font, spacing=1)
-        for row, image in enumerate(images):
-            sheet.paste(Image.fromarray(image), (column * (CELL + GAP), HEAD + row * (CELL + GAP)))
-    return sheet
+            ahead = gathered["scsa_ahead"][name][figure]
+            won = [f"{ahead['mean']:+.3f} ± {ahead['error']:.3f}", f"{ahead['share']:.0%}"]
+            cells += ["", ""] if name == OURS else won
+        rows.append(cells)
+    heads = ["", *FIGURES.values(), "SCSA's style ahead by", "of pairs", "SCSA's score ahead by", "of pairs"]
+    maps = gathered["maps"]
+    rated = [[name, *map(report.with_error, figures.values())] for name, figures in maps.items()]
+    return {
+        "figures": report.table(heads, rows),
+        "maps": report.table(["maps", *next(iter(maps.values()))], rated),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=50)
-    parser.add_argument("--first", type=int, default=0, help="number of the first pair; tune on others than you report")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=5, help="pairs per model call")
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--checkpoint", type=Path, default=paperland.WEIGHTS)
-    parser.add_argument("--only", nargs="+", help="only these variants; SCSA is always there")
-    parser.add_argument("--out", type=Path, default=Path("output/scsa_quality"))
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    parser = report.parser(__doc__, "scsa_quality", 50, "pairs")
+    parser.add_argument("--steps", type=int, default=20)
+    options = parser.parse_args()
     chosen = variants()
-    if arguments.only:
-        chosen = {name: v for name, v in chosen.items() if name == "SCSA" or name in arguments.only}
-    if arguments.worker is not None or arguments.workers == 1:
-        work(arguments, chosen, arguments.worker or 0)
-    else:
-        command = [sys.executable, str(Path(__file__).resolve().parents[1] / "tools" / "run.py")]
-        command += ["benchmarks.scsa_quality", *sys.argv[1:], "--worker"]
-        running = [subprocess.Popen([*command, str(i)]) for i in range(arguments.workers)]
-        codes = [process.wait() for process in running]
-        if any(codes):
-            sys.exit("a worker failed; what it finished is kept, call again to go on")
-    if arguments.worker is not None:
-        return
-    report = gather(arguments, chosen)
-    (arguments.out / "scsa_quality.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    (arguments.out / "scsa_table.md").write_text(table(report), encoding="utf-8")
-    grid(arguments, chosen).save(arguments.out / "scsa_grid.png", optimize=True)
-    print(table(report))
-
-
-if __name__ == "__main__":
-    main()
+    settings = {name: asdict(v) for name, v in chosen.items()}
+    mark, work = pool.fingerprint(settings, options.steps), partial(measure, chosen, options.steps)
+    found = pool.measured(work, report.numbers(options), options.out, mark, options.workers)
+    gathered = gather(found)
+    shown = [f["pictures"] for f in found[:GRID_ROWS]]
+    sheet = report.grid({name: torch.stack([p[name] for p in shown]) for name in shown[0]})
+    figures = {"pairs": options.count, "first_pair": options.first, "steps": options.steps, "variants": settings}
+    report.publish(options, "scsa", tables(gathered), sheet, {**figures, **gathered})

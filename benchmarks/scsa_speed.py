@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .speed_cases import Case, bring_in_host, cases, device_name, peak_memory, synchronize
+from .host import bring_in_host
+from .speed_cases import Case, cases, device_name, peak_memory, synchronize
 
 REGIONS = 5
 
@@ -134,7 +135,3 @@ def main() -> None:
     for name in options.models:
         with torch.inference_mode():
             measure(cases()[name](1), options.steps, options.repeats)
-
-
-if __name__ == "__main__":
-    main()

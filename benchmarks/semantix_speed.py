@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .speed_cases import Case, bring_in_host, cases, device_name, synchronize
+from .host import bring_in_host
+from .speed_cases import Case, cases, device_name, synchronize
 
 CFG = 3.5
 
@@ -190,7 +191,3 @@ def main() -> None:
     for name in options.models:
         with torch.inference_mode():
             measure(cases()[name](options.batch), options.steps, options.repeats)
-
-
-if __name__ == "__main__":
-    main()

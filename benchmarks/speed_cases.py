@@ -1,32 +1,12 @@
-"""What the speed benchmarks share: the host, models with something to work on, time and memory."""
+"""What the speed benchmarks share: models with something to work on, time and memory."""
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from ..runner import locate
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def bring_in_host(threads: int = 0) -> None:
-    """Make ComfyUI importable, told its device; ends the program where there is none. 0 threads: PyTorch's choice."""
-    host = locate.find_host(ROOT)
-    if host is None:
-        sys.exit(locate.NO_HOST)
-    sys.path.insert(0, str(host))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
-    comfy.cli_args.args.use_pytorch_cross_attention = True
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def device_name() -> str:
@@ -75,7 +55,7 @@ def sd15_full(batch: int) -> Case:
 
 
 def cases() -> dict[str, Callable[[int], Case]]:
-    """What can be measured, by name: made for a batch of so many images. `bring_in_host` comes first."""
+    """What can be measured, by name: made for a batch of so many images. `host.bring_in_host` comes first."""
     return {"paperland": paperland, "sd15": sd15, "sd15_full": sd15_full}
 
 

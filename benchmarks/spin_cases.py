@@ -1,5 +1,5 @@
-"""Spin (semantic image painting with independent information injection, Wu et al., AAAI 2025) on Paperland without
-ComfyUI: cases whose answer is known, the painting itself, and what is measured on it.
+"""Spin (semantic image painting with independent information injection, Wu et al., AAAI 2025) on Paperland: cases whose
+answer is known, and what is measured on pictures painted for them.
 
 A case takes a thing of a reference scene (the subject) and a background scene with a hole for a thing of that kind (the
 mask). Both are drawn, so the picture in which the background has its thing painted as the reference's is known too.
@@ -7,26 +7,13 @@ mask). Both are drawn, so the picture in which the background has its thing pain
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention.injection_patch import Injection
-from ..paperland import model as paperland
 from ..paperland import scenes
-from ..paperland.model import Paperland
 from ..paperland.scenes import HOUSE, MOUNTAIN, ROOF, SUN, TREE, Layouts, Scenes, Styles
-from ..paperland.text import IT
-from ..paperland.unet import attention
-from ..regions.masks import keep_outside, mask_on_grid
-from ..samplers.ddpm_inversion import ddpm_inversion
-from ..samplers.spin_energy import SpinStyleTerm
-from ..samplers.terms import Energy, Stream
-from ..samplers.word_learning import Learned, Settings, learn
 from . import measure
-from .guided import EnergyGuided
-from .solver import dpm_solver_2m
 
 # What can be painted in, with the regions that it consists of.
 KINDS = {"sun": (SUN,), "mountain": (MOUNTAIN,), "tree": (TREE,), "house": (HOUSE, ROOF)}
@@ -105,107 +92,6 @@ def _taking(styles: Styles, other: Styles, regions: Sequence[int]) -> Styles:
         values[:, list(regions)] = getattr(other, f.name)[:, list(regions)]
         taken[f.name] = values
     return Styles(**taken)
-
-
-def learn_subject(
-    model: Paperland, image: Tensor, saliency: Tensor | None, word: str, tokens: int, settings: Settings
-) -> Learned:
-    """A pseudo-word for the subject of an image [1, H, W, 3], started from a class word; see `samplers.embedding`.
-
-    Args:
-        saliency: [1, H, W] in 0..1, None for the whole picture.
-    """
-    clean = paperland.encode_pixels(image)
-    size = clean.shape[2], clean.shape[3]
-    weight = torch.ones(1, *size) if saliency is None else mask_on_grid(saliency, size)
-    start = model.text.words(word).detach()
-    start = start[torch.arange(tokens) % len(start)]
-    prompt = model.text.prompt(IT, word)
-    return learn(
-        lambda x, sigma, context: model(x, sigma, context.expand(len(x), -1, -1)),
-        lambda vectors: model.text([prompt], {IT: vectors["text"]}),
-        {"text": start},
-        clean,
-        weight,
-        model.sigmas,
-        settings,
-    )
-
-
-class Inpainting:
-    """A denoiser that changes a picture inside a mask only, as the host's latent noise mask does.
-
-    Args:
-        model: `model(x, sigma) -> denoised`.
-        clean: [B, C, h, w], the latent that stays outside.
-        noise: like it, what the outside is noised with.
-        mask: [B or 1, h, w], 1 where the picture is made.
-    """
-
-    def __init__(self, model: Any, clean: Tensor, noise: Tensor, mask: Tensor) -> None:
-        self.model, self.clean, self.noise, self.mask = model, clean, noise, mask[:, None].to(clean)
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        outside = self.clean + sigma.view(-1, 1, 1, 1) * self.noise
-        denoised = self.model(torch.lerp(outside, x, self.mask), sigma)
-        return torch.lerp(self.clean, denoised, self.mask)
-
-
-@dataclass(frozen=True)
-class Painting:
-    """How to paint.
-
-    Attributes:
-        steps, cfg: of the sampling, on the host's "normal" schedule.
-        style: weight of the style energy, 0 for none.
-        start, end: the part of the run in which it acts.
-        everywhere: the reference's tokens go to the whole picture and not to the mask only.
-        free: nothing holds the background, the whole picture is made anew.
-    """
-
-    steps: int = 20
-    cfg: float = 3.5
-    style: float = 0.0
-    start: float = 0.0
-    end: float = 1.0
-    everywhere: bool = False
-    free: bool = False
-
-
-def paint(
-    model: Paperland, cases: Sequence[Case], tokens: Tensor | None, painting: Painting, seeds: Sequence[int]
-) -> Tensor:
-    """The backgrounds with something painted into their masks, [B, H, W, 3] in 0..1.
-
-    Args:
-        cases: B of one size.
-        tokens: [B, T, C] what the insides attend to, of `model.text`; None: the backgrounds' captions, as plain
-            inpainting does.
-        seeds: of the noise, one for each case.
-    """
-    images = torch.cat([c.background.images for c in cases])
-    masks = torch.cat([c.mask for c in cases])
-    positive, negative = model.text([c.background.captions[0] for c in cases]), model.text([""])
-    clean = paperland.encode_pixels(images)
-    noise = torch.cat([torch.randn(clean[:1].shape, generator=scenes.seeded(s)) for s in seeds])
-    sigmas = paperland.sigmas_normal(painting.steps)
-    # A place of the latent is made anew where the mask touches it; the pixels around it are put back below.
-    touched = (mask_on_grid(masks, (clean.shape[2], clean.shape[3])) > 0).float()
-    options = None
-    if tokens is not None:
-        region = torch.ones_like(masks) if painting.everywhere else masks
-        options = Injection(model.unet, tokens, region, attention).options()
-    if painting.style:
-        levels = ddpm_inversion(lambda x, sigma: x, clean, sigmas, noise=noise.expand(painting.steps, *noise.shape))
-        term = SpinStyleTerm(Stream(levels), painting.style, painting.start, painting.end, mask=touched)
-        guided: Any = EnergyGuided(model, positive, negative, painting.cfg, Energy((term,)), sigmas, options=options)
-    else:
-        guided = model.guided(positive, negative, painting.cfg, options)
-    x = noise * (1 + sigmas[0] ** 2).sqrt()
-    if painting.free:
-        return paperland.decode_pixels(dpm_solver_2m(guided, x, sigmas))
-    out = dpm_solver_2m(Inpainting(guided, clean, noise, touched), x, sigmas)
-    return keep_outside(paperland.decode_pixels(out), images, masks)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,3 @@ def main() -> None:
     spin_embedding.main()
     print()
     spin_injection.main()
-
-
-if __name__ == "__main__":
-    main()

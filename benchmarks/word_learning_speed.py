@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .speed_cases import Case, bring_in_host, cases, device_name, synchronize
+from .host import bring_in_host
+from .speed_cases import Case, cases, device_name, synchronize
 
 CLIP_LAYERS = 12  # SD1.5's
 
@@ -186,7 +187,3 @@ def main() -> None:
     for name in options.models:
         with torch.inference_mode():
             measure(cases()[name](1), options.batch, options.steps, options.repeats)
-
-
-if __name__ == "__main__":
-    main()

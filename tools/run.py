@@ -1,4 +1,4 @@
-"""Run a module of the pack as a program: python tools/run.py demo.run [ARGUMENTS].
+"""Run the `main` of a module of the pack: python tools/run.py demo.run [ARGUMENTS].
 
 The pack's root must stay away from sys.path (its `nodes` would hide ComfyUI's), so `python -m` is no way to start
 these modules, whose imports are relative.
@@ -6,8 +6,8 @@ these modules, whose imports are relative.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-import runpy
 import sys
 from pathlib import Path
 
@@ -32,8 +32,10 @@ def main() -> None:
     del sys.argv[1]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT.resolve()]
     load_pack()
-    runpy.run_module(f"{PACKAGE}.{module}", run_name="__main__", alter_sys=True)
+    sys.exit(importlib.import_module(f"{PACKAGE}.{module}").main())
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a process that a program of the pack starts
+    load_pack()
