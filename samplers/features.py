@@ -74,6 +74,7 @@ class FeatureTap:
         layers: of `cross_attention_layers`; None reads no maps.
         attend: the network's own attention function, for layers that nothing replaces; needed with `layers`.
         cut: detach after the last stage.
+        leading: rows in front of each condition's that are not read.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class FeatureTap:
         attend: Attend | None = None,
         *,
         cut: bool = False,
+        leading: int = 0,
     ) -> None:
         self.blocks = blocks
         self.layers = layers or ()
         self.attend = attend
         self.cut = cut
+        self.leading = leading
         self.calls: list[_Call] = []
 
     def __call__(self, h: Tensor, skip: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -153,7 +156,7 @@ class FeatureTap:
                 tuple(torch.stack([call.maps[layer] for layer in stage]).mean(dim=0) for stage in self.layers if stage),
             )
             each = whole.count // call.chunks
-            seen += [whole.rows(slice(i * each, (i + 1) * each)) for i in range(call.chunks)]
+            seen += [whole.rows(slice(i * each + self.leading, (i + 1) * each)) for i in range(call.chunks)]
         self.calls.clear()
         return seen
 

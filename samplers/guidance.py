@@ -238,6 +238,7 @@ class GuidanceReport:
         steps: one per guided model call; numbers after `finish`.
         gradient_forwards, backwards, plain_forwards: calls of the network for the picture being made.
         reference_forwards, reference_reused: calls for references, and those that a cache saved.
+        checkpointed: the backward passes made blocks' tensors once more, to save memory.
         graph_bytes: tensors that one step keeps for its backward pass, 0 where not measured.
         peak_bytes: the device's peak memory in the run, 0 where it cannot be known.
     """
@@ -248,6 +249,7 @@ class GuidanceReport:
     plain_forwards: int = 0
     reference_forwards: int = 0
     reference_reused: int = 0
+    checkpointed: bool = False
     graph_bytes: int = 0
     peak_bytes: int = 0
 
