@@ -20,7 +20,8 @@ from ..samplers.inversion import Inversion
 from .conditioning import REFERENCE, has_motion, merged_conds, stream_conds
 from .invert import InversionSampler
 from .models import check_invertible, check_same, identify
-from .windows import frames_of_call
+from .versions import free_memory, without_clones
+from .windows import window_of_call
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -212,11 +213,11 @@ class _ScsaRun:
             return executor(model, conds, x, timestep, model_options, *args, **kwargs)
         if (timestep != timestep[0]).any():
             raise ValueError("SCSA takes one noise level per call; use it with a sampler, not with an inversion node")
-        if frames_of_call(to) is not None:
+        if window_of_call(to) is not None:
             raise ValueError("SCSA does not know context windows: sample the whole clip at once, or frame by frame")
         if any(cond.get("area") is not None for branch in conds for cond in branch or ()):
             raise ValueError("SCSA works on whole pictures: use masks in place of prompts for areas")
-        unet = model.diffusion_model
+        unet, model_options = model.diffusion_model, without_clones(model_options)
         with block_inputs(unet, self.layers) as seen:
             if self.scsa is None:
                 self.scsa = Scsa(unet, self.layers, self.patch.regions, self.patch.settings, seen)
@@ -302,7 +303,7 @@ def _fit(model: Any, latents: list[Tensor]) -> bool:
     """Whether a call of all of them fits into the free memory, by the host's own estimate."""
     rows, first = sum(map(len, latents)), latents[0]
     needed = model.memory_required([rows, *first.shape[1:]])
-    return needed * 1.5 < comfy.model_management.get_free_memory(first.device)
+    return needed * 1.5 < free_memory(model.current_patcher, first.device)
 
 
 def _calls(latents: list[Tensor], apart: bool) -> list[list[int]]:

@@ -19,7 +19,7 @@ from ..samplers.spin_energy import DEFAULT_WEIGHT, SpinStyleTerm
 from ..samplers.terms import Energy, Stream
 from .conditioning import REFERENCE
 from .invert import InversionSampler
-from .windows import frames_of_call
+from .windows import window_of_call
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -168,14 +168,15 @@ class _InjectionRun:
 
     def __init__(self, spin: Spin, guider: Any, shape: torch.Size) -> None:
         self.spin, self.guider, self.size = spin, guider, (shape[2], shape[3])
-        self.injection: Injection | None = None
+        # One for each copy of the network: several GPUs work on one call.
+        self.injections: dict[Any, Injection] = {}
         self.called = False
 
     def why_nothing(self) -> str:
         """Why the run did not use the injection, empty where it did."""
-        if self.injection is None:
+        if not self.injections:
             return "no step lies in its start to end range" if self.called else "the network was not called"
-        if self.injection.fired:
+        if any(injection.fired for injection in self.injections.values()):
             return ""
         if not self.spin.mask.any():
             return "its strength is 0"
@@ -189,13 +190,16 @@ class _InjectionRun:
         self.called = True
         if not self._acts(to):
             return executor(x, *args, **kwargs)
-        if self.injection is None:
-            attend = comfy.ldm.modules.attention.optimized_attention
-            self.injection = Injection(executor.class_obj, self.spin.tokens, self.spin.mask, attend, self.size)
-        options = self.injection.options(to, self._chunks(to, x))
+        options = self._injection(executor.class_obj).options(to, self._chunks(to, x))
         if named:
             return executor(x, *args, **{**kwargs, "transformer_options": options})
         return executor(x, *args[: OPTIONS_AT - 1], options, *args[OPTIONS_AT:], **kwargs)
+
+    def _injection(self, network: Any) -> Injection:
+        if network not in self.injections:
+            attend = comfy.ldm.modules.attention.optimized_attention
+            self.injections[network] = Injection(network, self.spin.tokens, self.spin.mask, attend, self.size)
+        return self.injections[network]
 
     def _acts(self, to: dict[str, Any]) -> bool:
         level, at = float(to["sigmas"][0]), self.guider.inner_model.model_sampling.percent_to_sigma
@@ -206,7 +210,8 @@ class _InjectionRun:
         conds = self.guider.conds
         positive = {cond.get("uuid"): cond for cond in conds.get("positive") or ()}
         others = {cond.get("uuid") for name, branch in conds.items() if name != "positive" for cond in branch or ()}
-        frames = frames_of_call(to)
+        window = window_of_call(to)
+        frames = None if window is None else window.rows
         chunks: list[Chunk | None] = []
         for which, uuid in zip(to["cond_or_uncond"], to["uuids"], strict=True):
             # Guiders number their branches as they like, and may call one alone; the host gives a negative prompt that

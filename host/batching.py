@@ -4,9 +4,10 @@ import logging
 import math
 from typing import Any
 
-import comfy.model_management
 import torch
 from torch import Tensor
+
+from .versions import free_memory
 
 # Beyond that much latent area in one call a GPU is busy anyway; a bound also keeps progress, previews and Cancel
 # responsive.
@@ -46,15 +47,15 @@ def levels_per_call(guider: Any, latent: Tensor, steps: int, asked: int = 0) -> 
 
 
 def _by_memory(guider: Any, latent: Tensor) -> int:
-    free = comfy.model_management.get_free_memory(latent.device)
+    free = free_memory(guider.model_patcher, latent.device)
     branches = 1 if math.isclose(getattr(guider, "cfg", 0.0), 1.0) else 2
     one = guider.inner_model.memory_required([branches * latent.shape[0], *latent.shape[1:]]) * MEMORY_MARGIN
     return int(free // max(one, 1))
 
 
-def fits(latent: Tensor, copies: int) -> bool:
+def fits(guider: Any, latent: Tensor, copies: int) -> bool:
     """Whether that many float32 copies of the latent are a small part of its device's free memory."""
-    return copies * latent.numel() * 4 <= STORE_SHARE * comfy.model_management.get_free_memory(latent.device)
+    return copies * latent.numel() * 4 <= STORE_SHARE * free_memory(guider.model_patcher, latent.device)
 
 
 def why_one_by_one(guider: Any, batch: int) -> str:

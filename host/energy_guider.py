@@ -19,12 +19,13 @@ from ..samplers.guidance import clamped, energy_gradient, with_guidance
 from ..samplers.guidance_report import GuidanceReport
 from ..samplers.terms import Energy, Key, Resampled, Stream, Term, active_terms
 from .conditioning import active_at, of_areas
-from .gradients import constant_controls, differentiable, ordinary
+from .gradients import WHY_CHECKPOINTED, constant_controls, differentiable, must_checkpoint, ordinary
 from .graph_memory import GraphMemory
 from .models import check_invertible, check_same, identify
 from .reference_cache import CACHE, ReferenceCache
 from .references import References
-from .windows import frames_of_call
+from .versions import without_clones
+from .windows import window_of_call
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -136,6 +137,11 @@ class _GuidedRun:
         self.layers = layers if any(layers) else ()
         self.attend = comfy.ldm.modules.attention.optimized_attention_masked
         self.memory = GraphMemory(unet)
+        self.checkpointing = guider.checkpointing
+        if not self.checkpointing and must_checkpoint(guider.model_patcher):
+            logging.info("Semantic Style: the gradient is checkpointed. %s", WHY_CHECKPOINTED)
+            self.checkpointing = True
+        self.report.checkpointed = self.checkpointing
         # Maps also for terms of weight 0, so that turning one up finds them in the cache.
         mapped = {t.stream.key for t in guider.energy.terms if t.needs_maps}
         streams: dict[Key, tuple[Stream, bool]] = {
@@ -170,7 +176,7 @@ class _Step:
 
     def options(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """The step's options with this wrapper innermost, inside of those that cut a clip into windows."""
-        options = comfy.model_patcher.create_model_options_clone(model_options)
+        options = without_clones(comfy.model_patcher.create_model_options_clone(model_options))
         kind = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
         to = options.setdefault("transformer_options", {})
         wrappers = {k: dict(v) for k, v in to.get("wrappers", {}).items()}
@@ -195,12 +201,15 @@ class _Step:
             return executor(model, conds, x, timestep, model_options, *args, **kwargs)
         run, report = self.run, self.run.report
         comfy.model_management.throw_exception_if_processing_interrupted()
-        frames = frames_of_call(model_options.get("transformer_options", {}))
-        references = run.references.at(executor, x, timestep, conds[0], model_options, frames)
+        window = window_of_call(model_options.get("transformer_options", {}))
+        rows, frames, lead = (window.rows, window.frames, len(window.anchors)) if window else (None, None, 0)
+        references = {
+            key: {prompt: f.rows(slice(lead, None)) if f.count > 1 else f for prompt, f in of.items()}
+            for key, of in run.references.at(executor, x, timestep, conds[0], model_options, rows).items()
+        }
         maps = any(t.needs_maps for t in self.terms)
-        tap = FeatureTap(run.blocks, run.layers if maps else None, run.attend, cut=True)
-        guider = run.guider
-        with differentiable(guider.model_patcher, model_options, checkpointing=guider.checkpointing) as options:
+        tap = FeatureTap(run.blocks, run.layers if maps else None, run.attend, cut=True, leading=lead)
+        with differentiable(run.guider.model_patcher, model_options, checkpointing=run.checkpointing) as options:
             options["transformer_options"] = tap.options(options["transformer_options"])
             positive, sigma = ordinary(constant_controls([conds[0]])), ordinary(timestep)
 
@@ -215,7 +224,7 @@ class _Step:
             )
         report.gradient_forwards += 1
         report.backwards += 1
-        self._add(gradient, energies, frames)
+        self._add(gradient[lead:], energies, frames)
         out = [denoised, torch.zeros_like(denoised)]
         if conds[1] is not None:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -321,6 +330,8 @@ def summary(report: GuidanceReport) -> str:
         parts.append(f"{report.unprompted} steps not guided, since no positive prompt is active there")
     if report.cache_bytes:
         parts.append(f"{report.cache_bytes / 2**20:.0f} MB of reference features kept in RAM")
+    if report.checkpointed:
+        parts.append("checkpointed")
     if report.graph_bytes:
         parts.append(f"{report.graph_bytes / 2**20:.0f} MB kept for a backward pass")
     if report.peak_bytes:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.modules.attention
-import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import torch
@@ -15,11 +14,17 @@ from torch import Tensor, nn
 
 from .checkpointing import RECOMPUTE, checkpointed
 from .inference_tensors import OrdinaryOperands, ordinary, ordinary_weights
+from .versions import is_clone, lends_weights, without_clones
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-__all__ = ["RECOMPUTE", "constant_controls", "differentiable", "ordinary"]
+__all__ = ["RECOMPUTE", "constant_controls", "differentiable", "must_checkpoint", "ordinary"]
+
+WHY_CHECKPOINTED = (
+    "ComfyUI streams this model's weights, and a gradient has to keep its own copies of them: those of one block at a "
+    "time instead of all"
+)
 
 
 @contextmanager
@@ -40,10 +45,9 @@ def differentiable(
     Yields:
         The options to hand to `comfy.samplers.calc_cond_batch` in their place.
     """
-    parts = [patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]
-    modules = [part.model for part in parts if isinstance(getattr(part, "model", None), nn.Module)]
-    call = _Call(patcher, modules)
-    options = comfy.model_patcher.create_model_options_clone(model_options)
+    parts = _parts(patcher)
+    call = _Call(patcher, any(map(lends_weights, parts)))
+    options = without_clones(comfy.model_patcher.create_model_options_clone(model_options))
     to = options.setdefault("transformer_options", {})
     to["optimized_attention_override"] = _differentiable_attention(to.get("optimized_attention_override"))
     for kind in ("patches", "patches_replace"):
@@ -58,7 +62,7 @@ def differentiable(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(ordinary_weights(*modules))
+        stack.enter_context(ordinary_weights(*(part.model for part in parts)))
         if checkpointing:
             stack.enter_context(checkpointed(patcher.model.diffusion_model, call.around))
         yield options
@@ -84,6 +88,18 @@ def _apart_from_graph(patches: Any) -> Any:
             return patches(*held, **kwargs)
 
     return call
+
+
+def must_checkpoint(patcher: "ModelPatcher") -> bool:
+    """Whether the graph of a whole call would hold a copy of all weights of the loaded model, because the host uses
+    their memory again (see `versions.lends_weights`). With checkpointing it is a block's at a time."""
+    return any(map(lends_weights, _parts(patcher)))
+
+
+def _parts(patcher: "ModelPatcher") -> list["ModelPatcher"]:
+    """Whatever may run in a call of the model."""
+    parts = [patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]
+    return [part for part in parts if isinstance(getattr(part, "model", None), nn.Module) and not is_clone(part)]
 
 
 def _apart(h: Tensor, options: dict[str, Any]) -> Tensor:
@@ -119,13 +135,12 @@ class _Call:
     for them at every operation would slow every call down, so a call that fails on one is made again, looking.
     """
 
-    def __init__(self, patcher: "ModelPatcher", modules: list[nn.Module]) -> None:
+    def __init__(self, patcher: "ModelPatcher", lent: bool) -> None:
         self.patcher = patcher
-        self.reuses_memory = _reuses_memory(modules)
-        self.guarded = self.reuses_memory
+        self.lent = self.guarded = lent
 
     def around(self) -> AbstractContextManager:
-        return OrdinaryOperands(copy_all=self.reuses_memory) if self.guarded else nullcontext()
+        return OrdinaryOperands(copy_all=self.lent) if self.guarded else nullcontext()
 
     def __call__(self, executor: Callable, *args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -158,15 +173,6 @@ def _fresh_lists(value: Any) -> Any:
     if not isinstance(value, dict) or "output" not in value:
         return value
     return {k: list(v) if isinstance(v, list) else v for k, v in value.items()}
-
-
-def _reuses_memory(modules: list[nn.Module]) -> bool:
-    """Whether this host may cast weights into memory that it uses again within the call (0.38's dynamic VRAM)."""
-    if not any(hasattr(comfy.model_management, name) for name in ("get_cast_buffer", "get_aimdo_cast_buffer")):
-        return False
-    return any(
-        hasattr(part, "_v") or getattr(part, "comfy_cast_weights", False) for root in modules for part in root.modules()
-    )
 
 
 def constant_controls(conds: Any) -> Any:

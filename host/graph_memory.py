@@ -5,6 +5,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from .versions import memory_of
+
 
 class GraphMemory:
     """Counts, in the first forward pass run inside of it, the bytes that autograd keeps besides the weights.
@@ -22,7 +24,8 @@ class GraphMemory:
 
     def __enter__(self) -> "GraphMemory":
         if not self._counted:
-            self._seen = {p.untyped_storage().data_ptr() for p in self.network.parameters()}
+            weights = (part for p in self.network.parameters() for part in memory_of(p))
+            self._seen = {part.untyped_storage().data_ptr() for part in weights}
             self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._count, lambda kept: kept))
         return self
 
@@ -32,8 +35,9 @@ class GraphMemory:
         self._seen = set()
 
     def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
+        for part in memory_of(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
         return tensor

@@ -23,6 +23,7 @@ from ..samplers.ddpm_inversion import ddpm_inversion
 from ..samplers.inversion import Inversion
 from .batching import fits, levels_per_call
 from .models import check_channels, check_invertible, identify
+from .versions import is_oom
 from .windows import set_window_step
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True, sa
 
     def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
         n = len(sigmas) - 1
-        store = None if fits(clean, 2 * n) else comfy.model_management.intermediate_device()
+        store = None if fits(model.guider, clean, 2 * n) else comfy.model_management.intermediate_device()
         per_call = levels_per_call(model.guider, clean, n, batch_steps)
         settings: dict[str, Any] = {"seed": task.seed, "keep_residual": keep_residual, "store": store}
         if same_noise:
@@ -128,8 +129,8 @@ def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True, sa
         while True:
             try:
                 return ddpm_inversion(model, clean, sigmas, batch_steps=per_call, **settings)
-            except torch.cuda.OutOfMemoryError:
-                if per_call == 1:
+            except Exception as error:
+                if per_call == 1 or not is_oom(error):
                     raise
                 per_call //= 2
             logging.warning("Out of memory while inverting; trying again with %d noise levels per call.", per_call)

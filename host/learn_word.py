@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..samplers.word_learning import JUDGED_LEVELS, Learned, Settings, check_saliency, learn
 from .conditioning import REFERENCE, has_motion, stream_conds
-from .gradients import differentiable, ordinary
+from .gradients import WHY_CHECKPOINTED, differentiable, must_checkpoint, ordinary
 from .models import check_channels, check_invertible
 from .pseudo_words import Prompt
 
@@ -119,8 +119,11 @@ class _Learning(comfy.samplers.Sampler):
             with torch.inference_mode():
                 callback(state["i"], state["denoised"], state["x"][:1], state["total"])
 
-        options = _without_attention_patches(extra_args["model_options"])
-        with bar, differentiable(model_wrap.model_patcher, options, checkpointing=task.checkpointing) as own:
+        options, checkpointing = _without_attention_patches(extra_args["model_options"]), task.checkpointing
+        if not checkpointing and must_checkpoint(model_wrap.model_patcher):
+            logging.info("Semantic Style: the gradient is checkpointed. %s", WHY_CHECKPOINTED)
+            checkpointing = True
+        with bar, differentiable(model_wrap.model_patcher, options, checkpointing=checkpointing) as own:
             start = ordinary(task.prompt.start)
             clean, saliency, levels = (ordinary(t.to(noise.device)) for t in (latent_image, self.saliency, self.levels))
             self.learned = learn(

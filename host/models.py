@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..samplers.inversion import ModelIdentity
+from .versions import storage_of, values_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -18,9 +19,11 @@ _OTHER_STEPS = ("CONST", "COSMOS_RFLOW", "IMG_TO_IMG", "StableCascadeSampling")
 _OTHER_TYPES = ("FLOW", "FLUX", "FLOW_COSMOS", "STABLE_CASCADE", "IMG_TO_IMG")
 
 PROBED_TENSORS, PROBED_VALUES = 16, 16
-# Mean distance of the normalised samples. Rounding to bfloat16 moves them by 0.002, to 8 bits by 0.03; another
-# checkpoint of the same architecture by 1 and more, an ordinary fine-tune by some hundredths.
-SAME_WEIGHTS, SAME_WEIGHTS_8_BIT = 0.01, 0.08
+# Mean distance of the normalised samples. Rounding to bfloat16 moves them by 0.002, to 8 bits by 0.01 to 0.05, to 4 by
+# 0.07 to 0.15; another checkpoint of the same architecture by 1 and more, an ordinary fine-tune by some hundredths.
+SAME_WEIGHTS, SAME_WEIGHTS_8_BIT, SAME_WEIGHTS_4_BIT = 0.01, 0.08, 0.2
+# What quantised layers keep beside their weights; the checkpoint that they were made from has none of it.
+_OF_QUANTISATION = ("scale_weight", "scale_input", "input_scale", "pre_quant_scale")
 
 
 def check_invertible(model: "ModelPatcher") -> None:
@@ -68,11 +71,12 @@ def identify(model: "ModelPatcher") -> ModelIdentity:
     with model.use_ejected():
         network = model.model.diffusion_model
         parameters = dict(sorted(network.named_parameters()))
-        shapes = [f"{name} {list(p.shape)}" for name, p in parameters.items()]
+        own = {k: p for k, p in parameters.items() if k.rpartition(".")[2] not in _OF_QUANTISATION}
+        shapes = [f"{name} {list(p.shape)}" for name, p in own.items()]
         parametrisation = _parametrisation(model)
         digest = hashlib.sha256("\n".join([parametrisation, *shapes]).encode()).hexdigest()[:16]
-        dtype = str(next(iter(parameters.values())).dtype) if parameters else ""
-        weights = _probe(model, parameters)
+        _, dtype = min((storage_of(p) for p in own.values()), key=lambda storage: storage[0], default=(0, ""))
+        weights = _probe(model, own)
     code = hashlib.sha256(repr([[round(v, 2) for v in row] for row in weights]).encode()).hexdigest()[:6]
     name = f"{_describe(model)}, {parametrisation}, weights {code if weights else 'unread'}"
     return ModelIdentity(name=name, structure=digest, weights=weights, dtype=dtype)
@@ -125,7 +129,7 @@ def _probe(model: "ModelPatcher", parameters: dict[str, Tensor]) -> tuple[tuple[
     rows = []
     for name in dict.fromkeys(chosen):
         try:
-            weight = _unpatched(model, f"diffusion_model.{name}", parameters[name]).detach().flatten()
+            weight = values_of(_unpatched(model, f"diffusion_model.{name}", parameters[name]).detach()).flatten()
             at = torch.arange(PROBED_VALUES, device=weight.device) * weight.numel() // PROBED_VALUES
             # Unit length, because 8-bit checkpoints may store weights up to a scale.
             row = weight[at].to("cpu", torch.float32)
@@ -155,4 +159,8 @@ def _distance(a: ModelIdentity, b: ModelIdentity) -> float:
 
 
 def _tolerance(a: ModelIdentity, b: ModelIdentity) -> float:
-    return SAME_WEIGHTS_8_BIT if any("8" in i.dtype for i in (a, b)) else SAME_WEIGHTS
+    """By the coarser of the two."""
+    dtypes = (a.dtype, b.dtype)
+    if any(dtype.startswith("4") for dtype in dtypes):
+        return SAME_WEIGHTS_4_BIT
+    return SAME_WEIGHTS_8_BIT if any("8" in dtype for dtype in dtypes) else SAME_WEIGHTS

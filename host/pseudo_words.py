@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..files.embedding_file import SUFFIX, save_embedding
 from .inference_tensors import OrdinaryOperands
 from .small_model import KEY, SmallTextModel
+from .versions import lends_weights, set_execution_device
 
 if TYPE_CHECKING:
     import comfy.sd
@@ -78,12 +80,14 @@ class Prompt:
         model.reset_clip_options()
         if self.clip.layer_idx is not None:
             model.set_clip_options({"layer": self.clip.layer_idx})
-        with _NormsApart():
+        set_execution_device(model, self.clip.patcher.load_device)
+        lent = lends_weights(self.clip.patcher)
+        with _NormsApart(), OrdinaryOperands(copy_all=True) if lent else nullcontext():
             try:
                 cond, pooled, *extra = model.encode_token_weights(tokens)
             except RuntimeError as error:
                 # Weights that the host makes lazily are inference tensors.
-                if "inference tensor" not in str(error).lower():
+                if lent or "inference tensor" not in str(error).lower():
                     raise
                 with OrdinaryOperands():
                     cond, pooled, *extra = model.encode_token_weights(tokens)

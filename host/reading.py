@@ -16,6 +16,7 @@ from ..attention.layers import feature_blocks
 from ..samplers.features import Features, FeatureTap
 from ..samplers.guidance import NOT_SEEN
 from .conditioning import REFERENCE, stream_conds
+from .versions import without_clones
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -112,7 +113,7 @@ class _Reading(comfy.samplers.Sampler):
     def _read(self, guider: Any, latent: Tensor, prompt: list, model_options: dict[str, Any]) -> Features:
         unet = guider.inner_model.diffusion_model
         tap = FeatureTap(feature_blocks(unet))
-        options = comfy.model_patcher.create_model_options_clone(model_options)
+        options = without_clones(comfy.model_patcher.create_model_options_clone(model_options))
         options["transformer_options"] = {**tap.options(options.get("transformer_options")), REFERENCE: True}
         conds = stream_conds(guider, prompt, latent)
         sigma = latent.new_full((len(latent),), self.sigma)

@@ -105,7 +105,7 @@ class References:
         """The stream's inversion on the device, copied there once where it is small beside the free memory."""
         if stream.key not in self.resident:
             inversion = stream.inversion
-            small = fits(inversion.clean.to(x), 2 * inversion.steps + 2)
+            small = fits(self.guider, inversion.clean.to(x), 2 * inversion.steps + 2)
             self.resident[stream.key] = inversion.to(x.device) if small else inversion
         return self.resident[stream.key]
 

@@ -103,9 +103,9 @@ class ReplaySampler(comfy.samplers.Sampler):
             if callback is not None:
                 callback(state["i"], state["denoised"], state["x"], total)
 
-        resident = fits(x, (1 if mask is None else 2) * total)
+        resident = fits(model_wrap, x, (1 if mask is None else 2) * total)
         settings: dict[str, Any] = {"inversion": inversion, "exact": self.exact, "mask": mask, "resident": resident}
-        settings["after_step"] = self._resident_adain(x)
+        settings["after_step"] = self._resident_adain(model_wrap, x)
         with bar:
             return replay(
                 HostModel(model_wrap, inversion.sigmas), x, sigmas, extra_args, report, disable_pbar, **settings
@@ -130,12 +130,12 @@ class ReplaySampler(comfy.samplers.Sampler):
             )
         self.adain.check_fits(shape)
 
-    def _resident_adain(self, x: Tensor) -> StepAdaIN | None:
+    def _resident_adain(self, guider: Any, x: Tensor) -> StepAdaIN | None:
         """With its reference on the device, copied there once where it is small beside the free memory."""
         if self.adain is None:
             return None
         reference = self.adain.reference
-        small = fits(reference.clean.to(x), 2 * reference.steps + 2)
+        small = fits(guider, reference.clean.to(x), 2 * reference.steps + 2)
         return replace(self.adain, reference=reference.to(x.device)) if small else self.adain
 
     def _note_cfg(self, guider: Any) -> None:

@@ -4,20 +4,40 @@ AnimateDiff-Evolved cuts the batch into windows below the guider, ComfyUI's own 
 call. Either says in `transformer_options` which frames the running call holds.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from .versions import anchor_of_window
 
-def frames_of_call(transformer_options: dict[str, Any]) -> tuple[int, ...] | None:
-    """The frames of a clip that a model call holds, in the order of each of its blocks of rows; None for all of them.
 
-    They may leave frames out and wrap around the clip's end.
+@dataclass(frozen=True)
+class Window:
+    """Which frames of a clip the rows of a model call are, in each of its blocks of rows.
+
+    Attributes:
+        anchors: frames in front that only lead in: what the model says of them is thrown away after the call.
+        frames: those that the call is for. They may leave frames out and wrap around the clip's end.
     """
+
+    anchors: tuple[int, ...]
+    frames: tuple[int, ...]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The frames of all rows, in their order."""
+        return self.anchors + self.frames
+
+
+def window_of_call(transformer_options: dict[str, Any]) -> Window | None:
+    """The window that a model call is made for; None where it holds all frames of the clip."""
     frames = (transformer_options.get("ad_params") or {}).get("sub_idxs")
-    if frames is None:
-        frames = getattr(transformer_options.get("context_window"), "index_list", None)
-    return None if frames is None else tuple(frames)
+    if frames is not None:
+        return Window((), tuple(frames))
+    window = transformer_options.get("context_window")
+    frames = getattr(window, "index_list", None)
+    return None if frames is None else Window(anchor_of_window(window), tuple(frames))
 
 
 def set_window_step(model_options: dict[str, Any], sigmas: Tensor, sigma: Tensor) -> None:

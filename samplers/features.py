@@ -110,6 +110,7 @@ class FeatureTap:
         layers: of `cross_attention_layers`; None reads no maps.
         attend: the network's own attention function, for layers that nothing replaces; needed with `layers`.
         cut: detach after the last stage.
+        leading: rows in front of each condition's that are not read.
     """
 
     def __init__(
@@ -119,11 +120,13 @@ class FeatureTap:
         attend: Attend | None = None,
         *,
         cut: bool = False,
+        leading: int = 0,
     ) -> None:
         self.blocks = blocks
         self.layers = layers or ()
         self.attend = attend
         self.cut = cut
+        self.leading = leading
         self.calls: list[_Call] = []
 
     def __call__(self, h: Tensor, skip: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -193,7 +196,8 @@ class FeatureTap:
             )
             whole = Features(tuple(call.stages[b] for b in self.blocks), maps, grids)
             each = whole.count // len(call.prompts)
-            seen |= {prompt: whole.rows(slice(i * each, (i + 1) * each)) for i, prompt in enumerate(call.prompts)}
+            for i, prompt in enumerate(call.prompts):
+                seen[prompt] = whole.rows(slice(i * each + self.leading, (i + 1) * each))
         self.calls.clear()
         return seen
 

@@ -32,6 +32,7 @@ class GuidanceReport:
         gradient_forwards, backwards, plain_forwards: calls of the network for the picture being made.
         reference_forwards, reference_reused: calls for references, and those that a cache saved.
         unprompted: calls at whose level no positive prompt was active, which were not guided.
+        checkpointed: the backward passes made blocks' tensors once more, to save memory.
         cache_bytes: features of references that are kept in RAM after the run.
         graph_bytes: tensors that one step keeps for its backward pass, 0 where not measured.
         peak_bytes: the device's peak memory in the run, 0 where it cannot be known.
@@ -44,6 +45,7 @@ class GuidanceReport:
     reference_forwards: int = 0
     reference_reused: int = 0
     unprompted: int = 0
+    checkpointed: bool = False
     cache_bytes: int = 0
     graph_bytes: int = 0
     peak_bytes: int = 0

@@ -18,6 +18,8 @@ def _bring_in_host(folder: Path, base: Path) -> None:
     import torch
 
     sys.path.insert(0, str(folder))
+    # What tests share (newer_hosts), behind all that ComfyUI calls its own.
+    sys.path.append(str(Path(__file__).parent))
     import comfy.cli_args
 
     arguments = comfy.cli_args.args

@@ -1,6 +1,7 @@
 """The energy guider in the host, on a small random UNet shaped like SD1.5."""
 
 import logging
+from dataclasses import replace
 
 import comfy.controlnet
 import comfy.model_management
@@ -8,6 +9,7 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
+from newer_hosts import context_handler, dynamic
 from semantic_style.attention.layers import feature_blocks
 from semantic_style.benchmarks.random_models import (
     ReportingGuider,
@@ -22,7 +24,9 @@ from semantic_style.host.fingerprint import fingerprint
 from semantic_style.host.invert import Task, invert_ddpm
 from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
+from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.guidance import LIMIT
+from semantic_style.samplers.spin_energy import SpinStyleTerm
 from semantic_style.samplers.terms import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
@@ -182,6 +186,48 @@ def test_a_cache_that_is_too_small_keeps_what_fits(model, context, reference):
     assert len(small) > 0
     whole.clear()
     assert (whole.bytes, len(whole)) == (0, 0)
+
+
+def test_windows_of_a_clip_are_guided_as_the_whole_clip(model, reference):
+    """No motion model: frames do not depend on each other, so windows, and what leads into them, change nothing."""
+    frames, sigma = 5, 1.2
+    clip = invert(model, latent(frames, 4, 16, 8))
+    masks, regions = torch.zeros(frames, 16, 8), torch.zeros(frames, 16, 8, dtype=torch.long)
+    for i in range(frames):
+        masks[i, 2 * i : 2 * i + 6] = 1
+        regions[i, :, i:] = 1
+    one_of_style = (torch.arange(16) // 8).expand(1, 8, 16)
+    energy = semantix(clip, reference)
+    style = replace(energy.terms[0], regions=SemanticMap(regions, one_of_style))
+    energy = Energy((style, *energy.terms[1:], SpinStyleTerm(Stream(clip, EMPTY), 1.0, mask=masks)))
+    x = clip.at(sigma) + 0.3 * latent(frames, 4, 16, 8, seed=9) * 0.18215
+
+    def predicted(m):
+        """In a run whose levels are as many as its frames, which the host's windows compare with each other."""
+        guider, asked = guider_of(m, energy), Levels(sigma)
+        guider.sample(x, torch.zeros_like(x), asked, torch.tensor([sigma]), disable_pbar=True, seed=0)
+        return asked.denoised, guider.report
+
+    (whole, once), windowed = predicted(model), model.clone()
+    windowed.model_options["context_handler"] = context_handler(3, 1)
+    seen, report = predicted(windowed)
+    assert (once.gradient_forwards, report.gradient_forwards) == (1, 2)
+    torch.testing.assert_close(seen, whole, rtol=1e-4, atol=1e-4)
+    plain = comfy.samplers.CFGGuider(model)
+    plain.set_conds(POSITIVE, NEGATIVE)
+    plain.set_cfg(CFG)
+    assert (whole - predict(plain, x, sigma)).abs().amax(dim=(1, 2, 3)).min() > 0.1
+
+
+def test_where_weights_memory_is_used_again_the_gradient_is_checkpointed_and_the_same(model, context, reference):
+    plain = guider_of(model, semantix(context, reference))
+    expected = run(plain, context)
+    assert "checkpointed" not in summary(plain.report)
+    lent = guider_of(dynamic(small_sd15(), inference=False), semantix(context, reference))
+    assert torch.allclose(run(lent, context), expected, atol=2e-2)
+    assert "checkpointed" in summary(lent.report)
+    weights = sum(p.numel() * p.element_size() for p in model.model.diffusion_model.parameters())
+    assert lent.report.graph_bytes < weights / 4, "the graph keeps copies of few of the weights"
 
 
 def test_attention_patches_act_on_the_picture_being_made_only(model, context, reference):

@@ -15,10 +15,11 @@ import comfy.ops
 import comfy.samplers
 import pytest
 import torch
+from newer_hosts import dynamic
 from semantic_style.attention.layers import feature_blocks
 from semantic_style.benchmarks.random_models import conditioning, sd15_config, small_sd15
 from semantic_style.host.checkpointing import checkpointed
-from semantic_style.host.gradients import RECOMPUTE, constant_controls, differentiable, ordinary
+from semantic_style.host.gradients import RECOMPUTE, constant_controls, differentiable, must_checkpoint, ordinary
 from semantic_style.paperland.unet import PaperlandUNet, UNetConfig
 
 from nodes import common_ksampler
@@ -585,34 +586,13 @@ def test_inference_tensors_that_turn_up_during_the_call(model, checkpointing):
 
 
 @pytest.mark.parametrize(("checkpointing", "inference"), [(False, True), (False, False), (True, True)])
-def test_weights_cast_into_memory_that_the_host_uses_again(model, checkpointing, inference, monkeypatch):
-    """As dynamic VRAM does: each layer's weights lie in one buffer during its call only."""
+def test_weights_whose_memory_is_used_again(model, checkpointing, inference):
     expected = gradient(model)
-    with torch.inference_mode(inference):
-        buffer = torch.empty(2**20)
-
-    def cast(layer, input=None, **_):
-        used, out = 0, []
-        for weight in (layer.weight, layer.bias):
-            if weight is None:
-                out.append(None)
-                continue
-            part = buffer[used : used + weight.numel()].view(weight.shape)
-            part.copy_(weight)
-            used += weight.numel()
-            out.append(part)
-        return tuple(out)
-
-    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
-    monkeypatch.setattr(comfy.model_management, "get_cast_buffer", lambda *_: buffer, raising=False)
-    made = small_sd15()
-    made.set_model_compute_dtype(torch.float32)
-
-    def body(call):
-        assert all(m.comfy_cast_weights for m in call.model.model.modules() if isinstance(m, torch.nn.Linear))
-        return call.gradient(checkpointing)
-
-    torch.testing.assert_close(guided(made, body), expected, rtol=1e-5, atol=1e-8)
+    made = dynamic(small_sd15(), inference)
+    assert must_checkpoint(made)
+    assert not must_checkpoint(model)
+    torch.testing.assert_close(gradient(made, checkpointing=checkpointing), expected, rtol=1e-5, atol=1e-8)
+    assert all(not layer.pages for layer in made.model.modules() if hasattr(layer, "pages"))
 
 
 def test_ordinary_goes_through_the_hosts_values():

@@ -6,6 +6,7 @@ import comfy.samplers
 import folder_paths
 import pytest
 import torch
+from newer_hosts import dynamic
 from semantic_style.benchmarks.random_models import small_sd15, small_sdxl
 from semantic_style.benchmarks.text_models import RIGHT, small_clip
 from semantic_style.files.embedding_file import SUFFIX, save_embedding
@@ -137,11 +138,10 @@ class Probe(comfy.samplers.Sampler):
         return noise
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_reaches_the_vectors_of_every_encoder(clips, kind):
-    """With a weight in the prompt, and for SDXL also by way of the pooled vector."""
+def probed(kind, clip):
+    """Gradients and differences, with a weight in the prompt, and for SDXL also by way of the pooled vector."""
     model = small_sdxl(pooled=RIGHT) if kind == "sdxl" else small_sd15(linear=kind == "sd2")
-    prompt = make_prompt(clips[kind], "a drawing of (<it>:1.2)", "house", 2)
+    prompt = make_prompt(clip, "a drawing of (<it>:1.2)", "house", 2)
     guider = comfy.samplers.CFGGuider(model)
     start = prompt.conditioning(prompt.start)
     guider.set_conds(start, start)
@@ -149,9 +149,34 @@ def test_the_gradient_reaches_the_vectors_of_every_encoder(clips, kind):
     blank = torch.zeros(1, 4, 8, 8)
     guider.sample(blank, blank, probe, torch.tensor([1.5, 0.0]), disable_pbar=True)
     assert len(probe.pairs) == (2 if kind == "sdxl" else 1)
-    for gradient, difference in probe.pairs:
+    return probe.pairs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_reaches_the_vectors_of_every_encoder(clips, kind):
+    for gradient, difference in probed(kind, clips[kind]):
         assert gradient > 1e-3
         assert difference == pytest.approx(gradient, rel=0.01)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_gradient_of_an_encoder_whose_weights_memory_is_used_again(clips, kind, inference):
+    clip = small_clip(kind)
+    clip.patcher = dynamic(clip.patcher, inference)
+    for (gradient, _), (expected, _) in zip(probed(kind, clip), probed(kind, clips[kind]), strict=True):
+        assert gradient == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_encoder_is_told_its_device(clips):
+    """Newer hosts run it where the embedding's weight lies otherwise, which may be the CPU."""
+    clip, told = clips["sd1"].clone(), []
+    prompt = make_prompt(clip, "<it>", "house", 1)
+    encoder = clip.cond_stage_model.clip_l
+    handle = encoder.register_forward_pre_hook(lambda module, _: told.append(getattr(module, "execution_device", None)))
+    prompt.conditioning(prompt.start)
+    handle.remove()
+    assert told == [clip.patcher.load_device if hasattr(encoder, "execution_device") else None]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import node_helpers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, DualCFGGuider, SamplerCustom, SamplerCustomAdvanced
+from newer_hosts import context_handler
 from semantic_style.attention.layers import all_cross_attention
 from semantic_style.attention.scsa_attention import Settings
 from semantic_style.benchmarks.random_models import (
@@ -294,8 +295,6 @@ def test_prompts_for_areas_get_their_part_of_the_mask(model):
 
 
 def test_windows_of_a_clip_get_their_frames_masks(model):
-    from comfy import context_windows
-
     frames = 5
     masks = torch.zeros(frames, 16, 8)
     for i in range(frames):
@@ -311,14 +310,30 @@ def test_windows_of_a_clip_get_their_frames_masks(model):
     spun = apply_spin(model, REFERENCE, masks)
     whole = predicted(spun)
     windowed = spun.clone()
-    schedule = context_windows.get_matching_context_schedule("standard_static")
-    fuse = context_windows.get_matching_fuse_method("pyramid")
-    windowed.model_options["context_handler"] = context_windows.IndexListContextHandler(
-        schedule, fuse, context_length=3, context_overlap=1, context_stride=1, closed_loop=False, dim=0
-    )
+    windowed.model_options["context_handler"] = context_handler(3, 1)
     # No motion model: frames do not depend on each other, so windows change nothing.
     torch.testing.assert_close(predicted(windowed), whole, rtol=1e-4, atol=1e-4)
     assert (whole - predicted(model)).abs().amax(dim=(1, 2, 3)).min() > 0.01
+
+
+def test_the_injection_follows_the_copy_of_the_network_that_is_called(model):
+    """As several GPUs do, each with a copy of its own; these differ, so that it shows whose layers are used."""
+    other, turn = small_sd15(seed=1), iter([model, small_sd15(seed=1)])
+
+    def elsewhere(apply, args):
+        return next(turn).model.apply_model(args["input"], args["timestep"], **args["c"])
+
+    class Twice(Once):
+        def sample(self, *args):
+            super().sample(*args)
+            return super().sample(*args)
+
+    x, asked = random(1, 4, *SIZE, seed=9), Twice(1.3)
+    routed = apply_spin(model, REFERENCE, right())
+    routed.set_model_unet_function_wrapper(elsewhere)
+    cfg_guider(routed, cfg=1.0).sample(x, torch.zeros_like(x), asked, torch.tensor([1.3, 0.0]), disable_pbar=True)
+    expected = predict(cfg_guider(apply_spin(other, REFERENCE, right()), cfg=1.0), x)
+    torch.testing.assert_close(asked.denoised, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tiles_that_nobody_knows_the_place_of_are_refused(spun):

@@ -8,6 +8,7 @@ import comfy.patcher_extension
 import folder_paths
 import pytest
 import torch
+from newer_hosts import dynamic
 from safetensors import safe_open
 from safetensors.torch import load_file
 from semantic_style.benchmarks.random_models import conditioning, small_sd15, small_sdxl
@@ -111,6 +112,18 @@ def test_same_seed_same_embedding_whatever_ran_before(model, clip):
     assert torch.equal(one.vectors["clip_l"], same.vectors["clip_l"])
     assert one.losses == same.losses
     assert not torch.equal(one.vectors["clip_l"], other.vectors["clip_l"])
+
+
+def test_learning_where_weights_memory_is_used_again(model, clip, caplog):
+    lent = small_clip("sd1")
+    lent.patcher = dynamic(lent.patcher, inference=False)
+    plain = learn_embedding(task(model, clip))
+    assert "checkpointed" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        learned = learn_embedding(task(dynamic(small_sd15(), inference=False), lent))
+    assert "the gradient is checkpointed" in caplog.text
+    assert torch.allclose(learned.vectors["clip_l"], plain.vectors["clip_l"], atol=1e-4)
+    assert learned.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
 def test_checkpointing_learns_the_same(model, clip):

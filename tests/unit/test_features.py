@@ -56,3 +56,17 @@ def test_tap_reads_what_enters_the_blocks_and_changes_nothing():
     for block in tap.blocks:
         assert torch.equal(tap.features[block], entering[block])
     assert len(base["patches"]["output_block_patch"]) == 1
+
+
+def test_rows_that_lead_in_are_not_read():
+    torch.manual_seed(0)
+    unet = PaperlandUNet(UNetConfig(channels=32, multipliers=(1, 1, 2), context_channels=16, head_channels=16)).eval()
+    x, t, context = torch.randn(6, 48, 16, 16), torch.full((6,), 10.0), torch.randn(6, 5, 16)
+    tap = FeatureTap(feature_blocks(unet), leading=1)
+    with torch.no_grad():
+        unet(x, t, context, tap.options({"cond_or_uncond": [1, 0]}))
+        every = tap.features[tap.blocks[0]]
+        seen = tap.read((16, 16))
+    assert [part.count for part in seen] == [2, 2]
+    assert torch.equal(seen[0].stages[0], every[1:3])
+    assert torch.equal(seen[1].stages[0], every[4:6])
