@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def violations(root: Path) -> list[str]:
 
 def test_imports_go_down_only(root: Path) -> None:
     assert violations(root) == []
+
+
+def test_the_map_of_the_house_is_true(root: Path) -> None:
+    text = (root / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", text, re.MULTILINE)
+    assert {room: set(re.findall(r"`(\w+)`", below)) for room, below in rows} == BELOW
+    named = re.findall(r"`(\w+/[\w/.]+)`", text)
+    assert named
+    assert [name for name in named if not (root / name).exists()] == []
 
 
 @pytest.mark.parametrize(
