@@ -13,7 +13,7 @@ from semantic_style.host.energy_guider import EnergyGuider
 from semantic_style.host.invert import Task, invert_ddim
 from semantic_style.host.versions import CLONES, without_clones
 from semantic_style.regions.semantic_map import SemanticMap
-from semantic_style.samplers.guidance import Energy, SpatialTerm, Stream
+from semantic_style.samplers.terms import Energy, SpatialTerm, Stream
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
