@@ -70,6 +70,26 @@ def test_every_package_is_declared(root: Path, pyproject: dict) -> None:
     assert all((root / name.removeprefix("semantic_style.") / "__init__.py").is_file() for name in parts)
 
 
+def test_the_archive_holds_what_users_need_and_nothing_else(root: Path) -> None:
+    listing = ["git", "ls-files"]
+    if subprocess.run(listing, cwd=root, capture_output=True).returncode != 0:
+        pytest.skip("not a git checkout")
+
+    def listed(*options: str) -> set[str]:
+        answer = subprocess.run([*listing, *options], cwd=root, capture_output=True, text=True, check=True)
+        return set(answer.stdout.splitlines())
+
+    shipped = listed() - listed("-c", "-i", "--exclude-from=.comfyignore")
+    folders = {name.split("/")[0] for name in shipped if "/" in name}
+    assert folders == {
+        *("attention", "docs", "files", "host", "nodes", "paperland", "pictures", "regions", "runner", "samplers"),
+        *("tools", "web", "workflows"),
+    }
+    assert {name for name in shipped if name.startswith("tools/")} == {"tools/run.py"}
+    assert not {name for name in shipped if Path(name).stem in ("train", "evaluate")}
+    assert sum((root / name).stat().st_size for name in shipped) < 24e6
+
+
 def test_registry_metadata_is_complete(root: Path, pyproject: dict) -> None:
     comfy = pyproject["tool"]["comfy"]
     assert all(comfy.get(key) for key in ("PublisherId", "DisplayName", "Icon", "requires-comfyui"))
