@@ -157,9 +157,9 @@ class References:
 def _is_plain(guider: comfy.samplers.CFGGuider) -> bool:
     """Whether all that a reference's features depend on is known."""
     patcher, options = guider.model_patcher, guider.model_options
-    places = (options.get("transformer_options", {}).get("wrappers", {}), getattr(patcher, "wrappers", {}))
+    tables = (options.get("transformer_options", {}).get("wrappers", {}), getattr(patcher, "wrappers", {}))
     foreign = [
-        key for kinds in places for kind in kinds.values() for key in kind if not str(key).startswith("semantic_style")
+        key for kinds in tables for kind in kinds.values() for key in kind if not str(key).startswith("semantic_style")
     ]
     hooked = any(c.get("hooks") is not None for conds in guider.conds.values() for c in conds or ())
     return not (
