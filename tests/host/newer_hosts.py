@@ -1,16 +1,16 @@
 """What newer ComfyUIs do with models, on any of them: what the host does not do itself is added to its own classes."""
 
-import importlib.util
 import inspect
 import json
 
 import comfy.context_windows
-import comfy.model_patcher
 import comfy.model_base
+import comfy.model_patcher
 import comfy.supported_models
 import torch
 from comfy.context_windows import IndexListContextHandler, IndexListContextWindow
 
+QUANTISES = hasattr(comfy.supported_models.SD15, "quant_config")
 LEADS_IN = "causal_window_fix" in inspect.signature(IndexListContextHandler).parameters
 COUNTS_FRAMES = "total_frames" in inspect.signature(IndexListContextWindow).parameters
 
@@ -132,7 +132,9 @@ def quantised(patcher, kind):
     return comfy.model_patcher.ModelPatcher(model.eval(), patcher.load_device, patcher.offload_device)
 
 
-QUANTISES = importlib.util.find_spec("comfy.quant_ops") and "quant_config" in vars(comfy.supported_models.SD15.__mro__[1])
+QUANTISES = importlib.util.find_spec("comfy.quant_ops") and "quant_config" in vars(
+    comfy.supported_models.SD15.__mro__[1]
+)
 
 
 def _quantised_in_place(patcher, kind):
