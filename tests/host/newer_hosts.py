@@ -132,11 +132,6 @@ def quantised(patcher, kind):
     return comfy.model_patcher.ModelPatcher(model.eval(), patcher.load_device, patcher.offload_device)
 
 
-QUANTISES = importlib.util.find_spec("comfy.quant_ops") and "quant_config" in vars(
-    comfy.supported_models.SD15.__mro__[1]
-)
-
-
 def _quantised_in_place(patcher, kind):
     for layer in patcher.model.diffusion_model.modules():
         if isinstance(layer, torch.nn.Linear):
