@@ -34,9 +34,13 @@ def lends_weights(patcher: "ModelPatcher") -> bool:
         return True
     if not hasattr(comfy.model_management, "get_cast_buffer"):
         return False
-    cast = (m for m in patcher.model.modules() if getattr(m, "comfy_cast_weights", False))
-    weights = (w for m in cast for w in m._parameters.values() if w is not None)
-    return any(w.device != patcher.load_device for w in weights)
+    for layer in patcher.model.modules():
+        if getattr(layer, "comfy_cast_weights", False):
+            weights = (w for w in layer._parameters.values() if w is not None)
+            # Pages of dynamic VRAM, by the name that the host gives them; weights elsewhere.
+            if hasattr(layer, "_v") or any(w.device != patcher.load_device for w in weights):
+                return True
+    return False
 
 
 def set_execution_device(text_model: Any, device: torch.device) -> None:

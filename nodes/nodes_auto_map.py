@@ -1,6 +1,6 @@
 """A semantic map without masks, colours or another model: from the decoder features of two inversions."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..host.auto_map import Request, auto_map, summary
 from ..host.reading import MIDDLE_SIGMA
@@ -8,7 +8,7 @@ from ..regions.clustering import MAX_REGIONS
 from ..regions.map_report import describe, warnings
 from ..samplers.inversion import Inversion
 from .nodes_inversion import MAX_SEED
-from .schema import schema
+from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
 
@@ -80,6 +80,7 @@ class AutoMap(io.ComfyNode):
                     "allow_other_model",
                     default=False,
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="Allow inversions of another checkpoint of the same architecture.",
                 ),
             ],
@@ -107,7 +108,8 @@ class AutoMap(io.ComfyNode):
         request = Request(model, content, style, prompt, sigma, regions, smoothing, seed, allow_other_model)
         found, clusterings = auto_map(request)
         lines = [summary(clusterings), describe(found), warnings(found)]
-        return io.NodeOutput(found, "\n".join(line for line in lines if line))
+        report = "\n".join(line for line in lines if line)
+        return io.NodeOutput(found, report, ui=ui.PreviewText(report))
 
 
 NODES: list[type[io.ComfyNode]] = [AutoMap]

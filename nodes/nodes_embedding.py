@@ -19,7 +19,7 @@ from ..regions.masks import as_mask, mask_on_grid
 from ..samplers.inversion import Inversion
 from ..samplers.word_learning import MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
 from .nodes_inversion import MAX_SEED
-from .schema import schema
+from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
 
 CATEGORY = "semantic_style/spin"
@@ -145,6 +145,7 @@ class SpinEmbedding(io.ComfyNode):
                     "checkpointing",
                     default=False,
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="Half the memory for the gradient or less, about a third more time.",
                 ),
             ],

@@ -11,7 +11,7 @@ from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
 from .nodes_files import LoadInversion, SaveInversion
-from .schema import schema
+from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
 
@@ -97,6 +97,7 @@ class DDPMInversion(io.ComfyNode):
                     min=0,
                     max=1000,
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="Noise levels per model call; 0 chooses by free memory. Models with patches that may "
                     "depend on the level (AnimateDiff, control) always run one by one.",
                 ),
@@ -148,6 +149,7 @@ class DDIMInversion(io.ComfyNode):
                     min=0,
                     max=10,
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="Fixed-point refinements of every step: each costs as much as the inversion and cuts the "
                     "error several times. At CFG 1 only.",
                 ),
@@ -196,6 +198,7 @@ class Replay(io.ComfyNode):
                     "allow_other_model",
                     default=False,
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="Replay on another checkpoint of the same architecture. Patches such as LoRAs need no "
                     "permission.",
                 ),

@@ -8,7 +8,7 @@ from ..regions.color_maps import regions_from_colors
 from ..regions.map_report import describe, warnings
 from ..regions.mask_maps import GAPS, Coverage, regions_from_masks
 from ..regions.semantic_map import SemanticMap
-from .schema import schema
+from .schema import ADVANCED, schema
 from .types import SemanticMap as SemanticMapSocket
 
 CATEGORY = "semantic_style/maps"
@@ -42,6 +42,7 @@ class MapFromColors(io.ComfyNode):
                     min=0.0,
                     max=50.0,
                     step=0.1,
+                    extra_dict=ADVANCED,
                     tooltip="A found region covers at least this many percent of one of the pictures; smaller spots "
                     "go to their surroundings. Not used when a number is given.",
                 ),
@@ -61,7 +62,8 @@ class MapFromColors(io.ComfyNode):
         many = ""
         if len(names) > MANY and not number:
             many = f"{len(names)} regions are many: are the pictures colour-coded maps? Give the number if you know it."
-        return io.NodeOutput(found.regions, _lines(describe(found.regions, names), many, warnings(found.regions)))
+        report = _lines(describe(found.regions, names), many, warnings(found.regions))
+        return io.NodeOutput(found.regions, report, ui=ui.PreviewText(report))
 
 
 class MapFromMasks(io.ComfyNode):
@@ -85,6 +87,7 @@ class MapFromMasks(io.ComfyNode):
                     "gaps",
                     options=list(GAPS),
                     default=GAPS[0],
+                    extra_dict=ADVANCED,
                     tooltip="What becomes of places without a mask: a region of their own (number 0), or part of the "
                     "nearest. auto: a region when they are more than 5% of a picture.",
                 ),
@@ -105,7 +108,8 @@ class MapFromMasks(io.ComfyNode):
         names = {0: "(no mask)"} if found.gap_region else {}
         notes = [_coverage_note(found.content, "content", found.gap_region)]
         notes.append(_coverage_note(found.style, "style", found.gap_region))
-        return io.NodeOutput(found.regions, _lines(describe(found.regions, names), *notes, warnings(found.regions)))
+        report = _lines(describe(found.regions, names), *notes, warnings(found.regions))
+        return io.NodeOutput(found.regions, report, ui=ui.PreviewText(report))
 
 
 class PreviewMap(io.ComfyNode):

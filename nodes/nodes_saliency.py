@@ -11,7 +11,7 @@ from ..pictures.overlay import overlay_subject
 from ..regions.saliency import THRESHOLD, Saliency
 from ..samplers.inversion import Inversion
 from .nodes_inversion import MAX_SEED
-from .schema import schema
+from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
 
 CATEGORY = "semantic_style/spin"
@@ -105,6 +105,7 @@ class FindSubject(io.ComfyNode):
                     "allow_other_model",
                     default=False,
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="Allow an inversion of another checkpoint of the same architecture.",
                 ),
             ],

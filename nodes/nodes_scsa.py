@@ -11,7 +11,7 @@ from ..host.apply_scsa import Patch, Pictures, apply_scsa
 from ..host.invert_map_pictures import invert_map_pictures
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
-from .schema import schema
+from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
 
@@ -128,6 +128,7 @@ class ApplySCSA(io.ComfyNode):
                     "allow_other_model",
                     default=False,
                     optional=True,
+                    extra_dict=ADVANCED,
                     tooltip="Take inversions made with another checkpoint of the same architecture.",
                 ),
             ],

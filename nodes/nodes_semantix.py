@@ -5,7 +5,7 @@ import operator
 from typing import Any
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..host.energy_guider import EnergyGuider, why_nothing
 from ..host.semantix_transfer import Transfer, make_energy
@@ -16,7 +16,7 @@ from ..samplers.semantix_energy import FOR_IMAGES, FOR_VIDEO, Weights
 from ..samplers.step_adain import PUBLISHED_START
 from ..samplers.terms import Energy
 from .nodes_inversion import adain_start_input
-from .schema import schema
+from .schema import ADVANCED, schema
 from .types import Energy as EnergySocket
 from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
@@ -138,12 +138,14 @@ def _run_inputs() -> list[Any]:
             "checkpointing",
             default=False,
             optional=True,
+            extra_dict=ADVANCED,
             tooltip="Less memory for the gradient, about one more model call of time per step; the same result.",
         ),
         io.Boolean.Input(
             "allow_other_model",
             default=False,
             optional=True,
+            extra_dict=ADVANCED,
             tooltip="Take inversions made with another checkpoint of the same architecture.",
         ),
     ]
@@ -362,7 +364,8 @@ class KSampler(io.ComfyNode):
         )
         samples, report = transfer.run()
         plot = report_plot(report.table(), why_nothing(report, transfer.energy))
-        return io.NodeOutput({"samples": samples}, plot, transfer.describe(samples, report))
+        told = transfer.describe(samples, report)
+        return io.NodeOutput({"samples": samples}, plot, told, ui=ui.PreviewText(told))
 
 
 NODES: list[type[io.ComfyNode]] = [SemantixEnergy, CombineEnergies, Guider, KSampler]

@@ -1,6 +1,6 @@
 """What a restyled video is judged by."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..pictures.flicker import flicker
@@ -63,7 +63,7 @@ class MeasureFlicker(io.ComfyNode):
         cls, video: Tensor, context: Tensor, labels: Tensor | None = None, still: float = 0.016, margin: int = 3
     ) -> io.NodeOutput:
         found = flicker(video[..., :3].cpu(), context[..., :3].cpu(), labels, still, margin)
-        return io.NodeOutput(found.excess, str(found))
+        return io.NodeOutput(found.excess, str(found), ui=ui.PreviewText(str(found)))
 
 
 NODES: list[type[io.ComfyNode]] = [MeasureFlicker]

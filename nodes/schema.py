@@ -4,6 +4,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+# `extra_dict` of inputs that few need: hosts that can fold them away show them when asked to.
+ADVANCED: dict[str, Any] = {"advanced": True}
+
 
 def schema(**keywords: Any) -> io.Schema:
     """`io.Schema` of those keywords that this host's version knows.

@@ -56,6 +56,7 @@ def _provide_files(base: Path) -> None:
     picture = base / "input" / "example.png"
     picture.parent.mkdir(exist_ok=True)
     Image.new("RGB", (64, 64), "gray").save(picture)
+    (picture.parent / "example.mp4").touch()
 
 
 # Not for the whole session: while it is open, other tests could run no event loop of their own in this thread.

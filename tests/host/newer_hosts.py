@@ -1,12 +1,16 @@
 """What newer ComfyUIs do with models, on any of them: what the host does not do itself is added to its own classes."""
 
 import inspect
+import json
 
 import comfy.context_windows
+import comfy.model_base
 import comfy.model_patcher
+import comfy.supported_models
 import torch
 from comfy.context_windows import IndexListContextHandler, IndexListContextWindow
 
+QUANTISES = hasattr(comfy.supported_models.SD15, "quant_config")
 LEADS_IN = "causal_window_fix" in inspect.signature(IndexListContextHandler).parameters
 COUNTS_FRAMES = "total_frames" in inspect.signature(IndexListContextWindow).parameters
 
@@ -96,3 +100,85 @@ def lend(layer, inference):
     layer.weight_function.append(pin)
     layer.bias_function.append(pin)
     layer.register_forward_hook(unpin)
+
+
+FORMATS = ("float8_e4m3fn", "int8_tensorwise", "nvfp4")
+
+
+def quantised(patcher, kind):
+    """The patcher's model as a checkpoint with quantised weights gives it: in its linear layers tensors that stand for
+    their values and have no memory of their own."""
+    if not QUANTISES:
+        return _quantised_in_place(patcher, kind)
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    layout = QUANT_ALGOS[kind]["comfy_tensor_layout"]
+    config, state = patcher.model.model_config, {}
+    linear = {name for name, m in patcher.model.diffusion_model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for key, value in patcher.model.diffusion_model.state_dict().items():
+        layer, _, slot = key.rpartition(".")
+        if layer not in linear or slot != "weight":
+            state[key] = value
+            continue
+        scale = {"scale": "recalculate"} if kind.startswith("float8") else {}
+        state.update(QuantizedTensor.from_float(value, layout, **scale).state_dict(key))
+        told = json.dumps({"format": kind}).encode()
+        state[f"{layer}.comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
+    own = comfy.supported_models.SD15(config.unet_config)
+    own.unet_extra_config, own.latent_format, own.quant_config = {}, config.latent_format, {"mixed_ops": True}
+    own.set_inference_dtype(torch.float32, torch.float32)
+    model = comfy.model_base.BaseModel(own, patcher.model.model_type, device=patcher.offload_device)
+    model.diffusion_model.load_state_dict(state)
+    return comfy.model_patcher.ModelPatcher(model.eval(), patcher.load_device, patcher.offload_device)
+
+
+def _quantised_in_place(patcher, kind):
+    for layer in patcher.model.diffusion_model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(Quantised.of(layer.weight.detach(), kind), requires_grad=False)
+    return patcher
+
+
+class Quantised(torch.Tensor):
+    """Stands for `codes * scale`; 4-bit codes share bytes."""
+
+    @staticmethod
+    def __new__(cls, codes, scale, shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device=codes.device)
+
+    def __init__(self, codes, scale, shape):
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def of(cls, weight, kind):
+        most = {"float8_e4m3fn": 448, "int8_tensorwise": 127, "nvfp4": 7}[kind]
+        grouped = weight.reshape(-1, 16)
+        scale = grouped.abs().amax(dim=1, keepdim=True) / most
+        codes = grouped / scale
+        if kind == "float8_e4m3fn":
+            return cls(codes.to(torch.float8_e4m3fn), scale, weight.shape)
+        codes = codes.round().to(torch.int8)
+        if kind == "nvfp4":
+            codes = (codes[:, ::2] + 8 + 16 * (codes[:, 1::2].int() + 8)).to(torch.uint8)
+        return cls(codes, scale, weight.shape)
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], self.shape
+
+    @staticmethod
+    def __tensor_unflatten__(parts, shape, *_):
+        return Quantised(parts["codes"], parts["scale"], shape)
+
+    def dequantize(self):
+        codes = self.codes
+        if codes.dtype == torch.uint8:
+            codes = torch.stack([codes % 16, codes // 16], dim=2).int().flatten(1) - 8
+        return (codes.float() * self.scale).view(self.shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            (held,) = args[:1]
+            return cls(func(held.codes), func(held.scale), held.shape)
+        plain = torch.utils._pytree.tree_map_only(cls, cls.dequantize, (args, kwargs or {}))
+        return func(*plain[0], **plain[1])

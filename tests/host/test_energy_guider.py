@@ -9,7 +9,7 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
-from newer_hosts import context_handler, dynamic
+from newer_hosts import FORMATS, context_handler, dynamic, quantised
 from semantic_style.attention.layers import feature_blocks
 from semantic_style.benchmarks.random_models import (
     ReportingGuider,
@@ -24,6 +24,7 @@ from semantic_style.host.fingerprint import fingerprint
 from semantic_style.host.invert import Task, invert_ddpm
 from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
+from semantic_style.host.versions import values_of
 from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.guidance import LIMIT
 from semantic_style.samplers.spin_energy import SpinStyleTerm
@@ -228,6 +229,24 @@ def test_where_weights_memory_is_used_again_the_gradient_is_checkpointed_and_the
     assert "checkpointed" in summary(lent.report)
     weights = sum(p.numel() * p.element_size() for p in model.model.diffusion_model.parameters())
     assert lent.report.graph_bytes < weights / 4, "the graph keeps copies of few of the weights"
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_quantised_weights_guide_as_the_numbers_that_they_stand_for(context, reference, kind):
+    """The inversions are the full-precision checkpoint's."""
+    twin, plain = quantised(small_sd15(), kind), small_sd15()
+    stored = dict(twin.model.diffusion_model.named_parameters())
+    with torch.no_grad():
+        for name, number in plain.model.diffusion_model.named_parameters():
+            number.copy_(values_of(stored[name]))
+    energy, x = semantix(context, reference), context.at(1.2) + 0.3 * latent(1, 4, 16, 8, seed=9) * 0.18215
+    expected = predict(guider_of(plain, energy, allow_other_model=True), x, 1.2)
+    for checkpointing in (False, True):
+        guider = guider_of(twin, energy, checkpointing=checkpointing)
+        # In int8 hosts round what goes into a layer, too.
+        near = 0.1 if kind == "int8_tensorwise" else 1e-3
+        torch.testing.assert_close(predict(guider, x, 1.2), expected, rtol=0, atol=near)
+        assert guider.report.graph_bytes > 0
 
 
 def test_attention_patches_act_on_the_picture_being_made_only(model, context, reference):

@@ -33,8 +33,10 @@ def evaluations(model):
 
 
 @pytest.fixture
-def progress():
+def progress(monkeypatch):
     """What the host's progress hook was told: (value, total, preview). Its function `react` may be replaced."""
+    # Newer hosts report ten times a second at most.
+    monkeypatch.setattr(comfy.utils, "PROGRESS_THROTTLE_MIN_INTERVAL", 0.0, raising=False)
 
     class Progress(list):
         def react(self, value):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux, ModelSamplingSD3
+from newer_hosts import FORMATS, quantised
 from semantic_style.benchmarks.random_models import small_sd15
 from semantic_style.host.models import check_invertible, check_same, identify
 
@@ -61,6 +62,26 @@ def test_a_fine_tune_is_another_checkpoint(model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_same_checkpoint_in_another_precision(model, dtype):
     check_same(identify(model), identify(small_sd15(dtype=dtype)), allow_other=False)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_same_checkpoint_with_quantised_weights(model, kind):
+    """In either direction; its structure is the same, whatever stands for the weights."""
+    twin = identify(quantised(small_sd15(), kind))
+    assert twin.structure == identify(model).structure
+    assert twin.dtype == {"float8_e4m3fn": "torch.float8_e4m3fn", "int8_tensorwise": "torch.int8"}.get(kind, "4-bit")
+    check_same(identify(model), twin, allow_other=False)
+    check_same(twin, identify(small_sd15(dtype=torch.float16)), allow_other=False)
+    other = identify(quantised(small_sd15(seed=1), kind))
+    with pytest.raises(ValueError, match="another checkpoint"):
+        check_same(identify(model), other, allow_other=False)
+
+
+def test_what_quantised_layers_keep_beside_their_weights_is_no_structure(model):
+    scaled = small_sd15()
+    layer = scaled.model.diffusion_model.output_blocks[4][1].transformer_blocks[0].attn1.to_q
+    layer.register_parameter("input_scale", torch.nn.Parameter(torch.ones(()), requires_grad=False))
+    check_same(identify(model), identify(scaled), allow_other=False)
 
 
 @pytest.mark.parametrize("loaded", [False, True])

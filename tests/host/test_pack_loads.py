@@ -120,6 +120,13 @@ def test_the_server_has_every_node_from_this_pack(comfy_client, schemas: dict) -
         assert all(node["output_tooltips"]), name
 
 
+def test_inputs_that_few_need_can_be_folded_away(comfy_client, schemas: dict) -> None:
+    info = comfy_client.object_info()
+    given = [spec for name in schemas for group in info[name]["input"].values() for spec in group.items()]
+    folded = {name for name, (_, *told) in given if told and told[0].get("advanced")}
+    assert folded == {"allow_other_model", "checkpointing", "batch_steps", "refine", "smallest", "gaps"}
+
+
 def test_the_server_s_log_has_no_complaint_about_the_pack(comfy_server) -> None:
     log = comfy_server.log.read_text(encoding="utf-8", errors="replace")
     complaints = ("IMPORT FAILED", "comfy_entrypoint", "Cannot import", "Skip ")

@@ -153,13 +153,14 @@ def test_the_mask_reaches_the_loss(model, clip):
 
 
 def counting(model, seen, act=lambda n: None):
-    """A clone whose calls are counted, and which acts at each."""
+    """A clone whose calls are counted, and which acts after each: within one, hosts differ in when they ask."""
 
     def wrapper(executor, *args, **kwargs):
         options = args[5] if len(args) > 5 else kwargs["transformer_options"]
         seen.append(options)
+        out = executor(*args, **kwargs)
         act(len(seen))
-        return executor(*args, **kwargs)
+        return out
 
     clone = model.clone()
     clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "test", wrapper)

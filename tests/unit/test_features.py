@@ -64,9 +64,9 @@ def test_rows_that_lead_in_are_not_read():
     x, t, context = torch.randn(6, 48, 16, 16), torch.full((6,), 10.0), torch.randn(6, 5, 16)
     tap = FeatureTap(feature_blocks(unet), leading=1)
     with torch.no_grad():
-        unet(x, t, context, tap.options({"cond_or_uncond": [1, 0]}))
+        unet(x, t, context, tap.options({"cond_or_uncond": [1, 0], "uuids": ["one", "two"]}))
         every = tap.features[tap.blocks[0]]
-        seen = tap.read((16, 16))
+        seen = list(tap.read((16, 16)).values())
     assert [part.count for part in seen] == [2, 2]
     assert torch.equal(seen[0].stages[0], every[1:3])
     assert torch.equal(seen[1].stages[0], every[4:6])
