@@ -6,7 +6,13 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
+from comfy_extras.nodes_custom_sampler import (
+    CFGGuider,
+    Noise_EmptyNoise,
+    Noise_RandomNoise,
+    SamplerCustom,
+    SamplerCustomAdvanced,
+)
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.invert import make_sigmas
 from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
@@ -218,6 +224,49 @@ def test_a_start_latent_replaces_the_stored_one(model):
     assert error(resample(model, inversion, skip=2, start=moved), {"samples": same}) > 0.1
     clean = InversionLatent.execute(inversion, inversion.steps).args[0]
     torch.testing.assert_close(clean["samples"], latent(1, 4, 8, 8)["samples"])
+
+
+@pytest.mark.parametrize("invert", ["ddpm", "ddim"])
+@pytest.mark.parametrize("skip", [0, 4])
+def test_another_start_than_the_inversions_is_refused(model, evaluations, invert, skip):
+    """Its picture would be wrong without a word."""
+    image = latent(1, 4, 8, 8)
+    if invert == "ddpm":
+        inversion = ddpm(model, image)
+    else:
+        inversion = DDIMInversion.execute(model, POSITIVE, NEGATIVE, image, 6, "normal", CFG, 0).args[0]
+    noise, sampler, sigmas, own = Replay.execute(inversion, skip, True).args
+    (guider,) = CFGGuider().get_guider(model, POSITIVE, NEGATIVE, CFG)
+    start = InversionLatent.execute(inversion, skip).args[0]
+    moved = {"samples": start["samples"].flip(-1)}
+    told_to, _, _, _ = Replay.execute(inversion, skip, True, moved).args
+    evaluations.clear()
+    for other, given in (
+        (Noise_RandomNoise(0), own),
+        (Noise_EmptyNoise(), own),
+        (noise, latent(1, 4, 8, 8, seed=1)),
+        (told_to, own),
+    ):
+        with pytest.raises(ValueError, match=r"another latent than the inversion's .* node's start"):
+            SamplerCustomAdvanced().sample(other, guider, sampler, sigmas, given)
+    with pytest.raises(ValueError, match="Replay node's NOISE and LATENT"):
+        SamplerCustom().sample(model, True, 0, CFG, POSITIVE, NEGATIVE, sampler, sigmas, own)
+    assert not evaluations
+
+
+@pytest.mark.parametrize("skip", [0, 4])
+def test_the_inversions_start_is_taken_however_it_comes(model, skip):
+    inversion = ddpm(model, latent(1, 4, 8, 8))
+    expected = resample(model, inversion, skip=skip)
+    noise, sampler, sigmas, own = Replay.execute(inversion, skip, True).args
+    start = InversionLatent.execute(inversion, skip).args[0]
+    out = SamplerCustom().sample(model, False, 0, CFG, POSITIVE, NEGATIVE, sampler, sigmas, start)[0]["samples"]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    (guider,) = CFGGuider().get_guider(model, POSITIVE, NEGATIVE, CFG)
+    for dtype, worst in ((torch.float16, 0.01), (torch.bfloat16, 0.1)):
+        rounded = {"samples": own["samples"].to(dtype)}
+        out = SamplerCustomAdvanced().sample(noise, guider, sampler, sigmas, rounded)[0]["samples"]
+        assert error(out.float(), {"samples": expected}) < worst
 
 
 def test_ddim_and_its_refinement(model, evaluations):
