@@ -9,6 +9,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
+from ..regions.masks import as_mask
 from ..regions.semantic_map import SemanticMap
 from ..samplers.guidance_report import GuidanceReport
 from ..samplers.inversion import Inversion
@@ -135,7 +136,7 @@ class Transfer:
         )
         latent = {"samples": context.to_outer(context.clean)}
         if self.mask is not None:
-            latent["noise_mask"] = self.mask.reshape(-1, 1, *self.mask.shape[-2:])
+            latent["noise_mask"] = as_mask(self.mask)[:, None]
         samples = sample(guider, ReplayNoise(context, self.skip), sampler, context.sigmas[self.skip :], latent)
         return samples, reports[0]
 
