@@ -149,7 +149,7 @@ class Transfer:
     def describe(self, samples: Tensor, report: GuidanceReport) -> str:
         """What was done and what came of it, a line each."""
         context = self.context
-        first = round(self.adain_start * context.steps)
+        first = StepAdaIN(self.reference, context.steps, self.adain_start).first
         adain = f"from step {first + 1} of {context.steps} on" if self.adain_start < 1.0 else "off"
         w = self.weights
         lines = [

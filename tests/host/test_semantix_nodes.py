@@ -178,7 +178,21 @@ def test_published_weights_are_the_papers_numbers(context, reference):
     defaults = {i.id: i.default for i in KSampler.define_schema().inputs if hasattr(i, "default")}
     assert [defaults[name] for name in WEIGHTS] == [3.0, 0.9, 1.0, 3.0]
     assert defaults["cfg"] == 3.5
-    assert round(60 * defaults["adain_start"]) == 20
+
+
+@pytest.mark.parametrize("node", [KSampler, Replay])
+def test_adain_begins_after_exactly_a_third_of_any_number_of_steps(reference, node):
+    (start,) = (i.default for i in node.define_schema().inputs if i.id == "adain_start")
+    for steps in range(1, 201):
+        adain = StepAdaIN(reference, steps, start)
+        x = torch.zeros(1, 4, 8, 8)
+        acts = [adain(x, step, torch.tensor(1.0)) is not x for step in range(steps)]
+        assert acts.index(True) == adain.first == round(steps / 3), steps
+
+
+def test_other_starts_are_what_they_say(reference):
+    first = {start: StepAdaIN(reference, 1000, start).first for start in (0.0, 0.25, 0.32, 0.34, 0.67, 1.0)}
+    assert first == {0.0: 0, 0.25: 250, 0.32: 320, 0.34: 340, 0.67: 667, 1.0: 1000}
 
 
 def test_a_preset_gives_the_picture_of_its_numbers(model, context, reference):
