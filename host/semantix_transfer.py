@@ -18,6 +18,7 @@ from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
 from ..samplers.terms import Energy, Stream
 from .energy_guider import EnergyGuider, summary, why_nothing
 from .fingerprint import fingerprint
+from .models import identify, why_unchecked
 from .replay_sampler import ReplayNoise, ReplaySampler, check_skip
 
 if TYPE_CHECKING:
@@ -166,7 +167,13 @@ class Transfer:
             lines.append(
                 f"Note: the context was inverted with another {' and another '.join(others)}: that alone edits it"
             )
+        lines += [f"Note: {note}" for note in self._unchecked()]
         return "\n".join(lines)
+
+    def _unchecked(self) -> list[str]:
+        now = identify(self.model)
+        notes = (why_unchecked(i.model, now, self.allow_other_model) for i in (self.context, self.reference))
+        return list(dict.fromkeys(filter(None, notes)))
 
     def _other_than_inverted(self) -> list[str]:
         """What makes this run an edit of the context whatever the energy does."""

@@ -64,8 +64,8 @@ def adain_start_input() -> Any:
         max=1.0,
         step=0.01,
         optional=True,
-        tooltip="Part of the steps before the first AdaIN: 0.33, exactly a third, as published; 0 from the first step on, "
-        "1 never.",
+        tooltip="Part of the steps before the first AdaIN: 0.33, exactly a third, as published; 0 from the first step "
+        "on, 1 never.",
     )
 
 

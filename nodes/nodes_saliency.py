@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from comfy_api.latest import io, ui
 
 from ..host.find_subject import LOOKS, SIGMA, Request, find_subjects, pixel_size
+from ..host.models import identify, why_unchecked
 from ..pictures.overlay import overlay_subject
 from ..regions.saliency import THRESHOLD, Saliency
 from ..samplers.inversion import Inversion
@@ -151,6 +152,8 @@ class FindSubject(io.ComfyNode):
         size = pixel_size(model, reference) if image is None else tuple(image.shape[1:3])
         mask = torch.stack([_pixels(subject, mode, size, grow) for subject in found])
         report = _report(found, mask)
+        if inversion is not None and (note := why_unchecked(inversion.model, identify(model), allow_other_model)):
+            report += f"\n{note}"
         preview = overlay_subject(mask, image)
         return io.NodeOutput(mask, preview, report, ui=ui.PreviewImage(preview, cls=cls))
 
