@@ -14,10 +14,12 @@ from ..files.embedding_file import SUFFIX, check_name, free_name, save_embedding
 from ..host.learn_word import Task, latent_as_picture, learn_embedding, summary, tell
 from ..host.models import check_same, identify
 from ..host.pseudo_words import IT, make_prompt
+from ..pictures.report_plot import HEIGHT, WIDTH
 from ..pictures.word_plot import embedding_plot
 from ..regions.masks import as_mask, mask_on_grid
 from ..samplers.inversion import Inversion
 from ..samplers.word_learning import MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
+from .late import attempt
 from .nodes_inversion import MAX_SEED
 from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
@@ -155,7 +157,8 @@ class SpinEmbedding(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="embedding",
-                    tooltip="embedding:name, to put into prompts: 'a pencil drawing of embedding:name'.",
+                    tooltip="embedding:name, to put into prompts: 'a pencil drawing of embedding:name'. Empty where "
+                    "the file could not be written.",
                 ),
                 io.Image.Output(
                     display_name="report",
@@ -194,22 +197,30 @@ class SpinEmbedding(io.ComfyNode):
         prompt = make_prompt(clip, template, class_word, tokens)
         _check_folder(Path(_folders()[0]))
 
-        def keep(learned: Learned, as_name: str) -> None:
+        def keep(learned: Learned, as_name: str) -> bool:
             said = {"class_word": class_word, "template": prompt.text, "model": identify(model).name}
             path = Path(_folders()[0], as_name + SUFFIX)
             save_embedding(path, learned.vectors, {**said, "learned": summary(learned)})
             logging.info("Saved embedding:%s to %s.", as_name, path)
+            return True
 
         def broken_off(learned: Learned) -> None:
-            keep(learned, free_name(name + CANCELLED, _folders()))
+            # What ended the run goes on from here.
+            attempt("Saving what was learnt", lambda: keep(learned, free_name(name + CANCELLED, _folders())), False)
 
         task = Task(model, prompt, picture, where, settings, checkpointing, broken_off)
         learned = learn_embedding(task)
         tell(learned)
         name = name if overwrite else free_name(name, _folders())
-        keep(learned, name)
+        saved, not_saved = attempt(f"Saving embedding:{name}", lambda: keep(learned, name), False)
         conditioning = clip.encode_from_tokens_scheduled(prompt.with_vectors(learned.vectors))
-        return io.NodeOutput(conditioning, f"embedding:{name}", _report(model, vae, picture, learned, name))
+        report, _ = attempt(
+            "The report",
+            lambda: _report(model, vae, picture, learned, name, not_saved or summary(learned)),
+            torch.zeros(1, HEIGHT, WIDTH, 3),
+        )
+        # No prompt shall name what is not there.
+        return io.NodeOutput(conditioning, f"embedding:{name}" if saved else "", report)
 
 
 def _folders() -> list[str]:
@@ -245,7 +256,7 @@ def _picture(model: Any, latent: dict | None, inversion: Inversion | None, image
     return vae.encode(image[..., :3])
 
 
-def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str) -> Tensor:
+def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, note: str) -> Tensor:
     shown = {
         "the picture": picture[:1],
         "seen with the class word": learned.before[None],
@@ -253,7 +264,7 @@ def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str) 
     }
     pictures = {said: latent_as_picture(model, vae, latent) for said, latent in shown.items()}
     with torch.inference_mode(False):
-        return embedding_plot(learned, pictures, summary(learned)).clone()
+        return embedding_plot(learned, pictures, note).clone()
 
 
 NODES: list[type[io.ComfyNode]] = [SpinEmbedding]

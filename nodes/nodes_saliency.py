@@ -11,6 +11,7 @@ from ..host.models import identify, why_unchecked
 from ..pictures.overlay import overlay_subject
 from ..regions.saliency import THRESHOLD, Saliency
 from ..samplers.inversion import Inversion
+from .late import attempt
 from .nodes_inversion import MAX_SEED
 from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
@@ -154,8 +155,11 @@ class FindSubject(io.ComfyNode):
         report = _report(found, mask)
         if inversion is not None and (note := why_unchecked(inversion.model, identify(model), allow_other_model)):
             report += f"\n{note}"
-        preview = overlay_subject(mask, image)
-        return io.NodeOutput(mask, preview, report, ui=ui.PreviewImage(preview, cls=cls))
+        plain = mask[..., None].expand(-1, -1, -1, 3)
+        preview, no_preview = attempt("The preview", lambda: overlay_subject(mask, image), plain)
+        shown, not_shown = attempt("Showing the preview", lambda: ui.PreviewImage(preview, cls=cls), None)
+        report = "\n".join(filter(None, (report, no_preview, not_shown)))
+        return io.NodeOutput(mask, preview, report, ui=shown)
 
 
 def _check_image(image: torch.Tensor | None, reference) -> None:

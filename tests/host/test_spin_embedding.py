@@ -221,6 +221,42 @@ def test_a_run_that_fails_keeps_what_was_learnt(model, clip, embeddings):
     assert torch.equal(stock(model, clip), before)
 
 
+def test_what_fails_after_learning_does_not_lose_the_word(model, clip, embeddings, monkeypatch, caplog):
+    expected, name, _ = run_node(model, clip)
+    assert name == "embedding:spin"
+
+    class OutOfMemory:
+        def decode(self, _):
+            raise RuntimeError("no memory left")
+
+    conditioning, name, report = run_node(model, clip, vae=OutOfMemory())
+    assert name == "embedding:spin_2"
+    assert report.shape == (1, 600, 900, 3)
+    assert torch.equal(conditioning[0][0], expected[0][0])
+    assert "The report failed (RuntimeError: no memory left)" in caplog.text
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("semantic_style.nodes.nodes_embedding.save_embedding", full)
+    conditioning, name, _ = run_node(model, clip)
+    assert torch.equal(conditioning[0][0], expected[0][0])
+    assert name == "", "no prompt shall name what is not there"
+    assert "Saving embedding:spin_3 failed" in caplog.text
+    assert len(list(embeddings.iterdir())) == 2
+
+
+def test_a_cancelled_run_that_cannot_be_saved_is_a_cancelled_run(model, clip, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("semantic_style.nodes.nodes_embedding.save_embedding", full)
+    cancelling = counting(model, [], lambda n: n == 4 and comfy.model_management.interrupt_current_processing())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run_node(cancelling, clip, steps=50, name="mine")
+    assert "Saving what was learnt failed" in caplog.text
+
+
 def test_a_run_cancelled_at_once_leaves_no_file(model, clip, embeddings):
     cancelling = counting(model, [], lambda n: comfy.model_management.interrupt_current_processing())
     with pytest.raises(comfy.model_management.InterruptProcessingException):
