@@ -115,7 +115,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         settings["after_step"] = self._resident_adain(model_wrap, x)
         with bar:
             return replay(
-                HostModel(model_wrap, inversion.sigmas), x, sigmas, extra_args, report, disable_pbar, **settings
+                HostModel(model_wrap, inversion.sigmas, len(x)), x, sigmas, extra_args, report, disable_pbar, **settings
             )
 
     def _check_skipped(self, first: int) -> None:
