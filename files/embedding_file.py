@@ -12,11 +12,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .whole import write_whole
+
 ONLY = "emb_params"
 SUFFIX = ".safetensors"
 # A prompt's name ends at a space or comma, and what follows a bracket or colon is a weight.
 NAME = re.compile(r"[\w][\w.-]*")
 READ_AS = (SUFFIX, ".pt", ".bin", "")
+# Devices, whatever ending they are given: Windows writes into them without a word.
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 IN_PROMPT = re.compile(r"(?<![^\s(])embedding:([^\s,;:()]+)")
 
 
@@ -27,6 +31,8 @@ def check_name(name: str) -> None:
             f"an embedding's name has letters, digits, '_', '-' and '.' only, without the file's ending, so that a "
             f"prompt can name it; got {name!r}"
         )
+    if DEVICES.fullmatch(name):
+        raise ValueError(f"{name!r} is the name of a device on Windows, where no file can have it: take another")
 
 
 def free_name(name: str, folders: Iterable[str | Path]) -> str:
@@ -55,13 +61,7 @@ def save_embedding(path: Path, vectors: Mapping[str, Tensor], metadata: Mapping[
     one = len(vectors) == 1
     tensors = {ONLY if one else key: v.detach().to("cpu").float().contiguous() for key, v in vectors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, which no prompt can say: a reader never sees half a file.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, unfinished, dict(metadata or {}))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, lambda unfinished: save_file(tensors, unfinished, dict(metadata or {})))
 
 
 def take_embeddings(text: str, load: Callable[[str], Tensor | None]) -> tuple[str, dict[str, Tensor]]:

@@ -115,7 +115,7 @@ def _path(file: str) -> Path:
     # Not resolved: a link that the user put into the folder may lead anywhere, a name may not.
     root = Path(os.path.abspath(base or folder_paths.get_input_directory()))
     path = Path(os.path.abspath(root / name))
-    if not path.is_relative_to(root) or path.suffix != SUFFIX:
+    if not path.is_relative_to(root) or path.suffix.lower() != SUFFIX:
         raise ValueError(f"{file!r} is not a {SUFFIX} file below ComfyUI's input or output folder")
     if not path.is_file():
         raise FileNotFoundError(f"there is no inversion {file!r}; save one, or press R to refresh the list")
