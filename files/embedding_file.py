@@ -4,7 +4,6 @@ The format is the safetensors one that ComfyUI and AUTOMATIC1111's webui read: `
 one text encoder, one entry for each encoder otherwise (SDXL: `clip_l`, `clip_g`).
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .listing import Listing
 from .whole import write_whole
 
 ONLY = "emb_params"
@@ -42,9 +42,8 @@ def free_name(name: str, folders: Iterable[str | Path]) -> str:
         ValueError: see `check_name`.
     """
     check_name(name)
-    files = (file for folder in folders for _, _, found in os.walk(folder, followlinks=True) for file in found)
     # Case does not tell files apart everywhere.
-    taken = {file.lower() for file in files}
+    taken = {file.rpartition("/")[2].lower() for folder in folders for file in _everything().below(folder)}
 
     def is_taken(candidate: str) -> bool:
         return any(candidate.lower() + ending in taken for ending in READ_AS)
@@ -54,6 +53,17 @@ def free_name(name: str, folders: Iterable[str | Path]) -> str:
         number += 1
         found = f"{name}_{number}"
     return found
+
+
+def file_of(name: str, folders: Iterable[str | Path]) -> Path | None:
+    """The safetensors file in or below the folders that a prompt's `embedding:name` means; None where there is none."""
+    wanted = f"{name}{SUFFIX}".lower()
+    found = (Path(folder, file) for folder in folders for file in _everything().below(folder))
+    return next((file for file in found if file.name.lower() == wanted), None)
+
+
+def _everything() -> Listing:
+    return Listing(lambda _: True)
 
 
 def save_embedding(path: Path, vectors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..files.inversion_file import load_inversion, save_inversion
+from ..files.listing import Listing
 from ..samplers.inversion import Inversion
 from .schema import schema
 from .types import Inversion as InversionSocket
@@ -16,6 +17,8 @@ from .types import Inversion as InversionSocket
 CATEGORY = "semantic_style/inversion"
 SUFFIX = ".safetensors"
 FOLDER = "inversions"
+# Asked for at every look at the nodes and every queueing, in folders that may hold anything.
+_LISTING = Listing(lambda name: name.lower().endswith(SUFFIX))
 
 
 class SaveInversion(io.ComfyNode):
@@ -102,8 +105,7 @@ def _files() -> list[str]:
     found = []
     places = ((folder_paths.get_input_directory(), "", ""), (folder_paths.get_output_directory(), FOLDER, " [output]"))
     for base, sub, mark in places:
-        below = Path(base, sub)
-        found += sorted(f"{p.relative_to(base).as_posix()}{mark}" for p in below.rglob(f"*{SUFFIX}") if p.is_file())
+        found += sorted(f"{Path(sub, file).as_posix()}{mark}" for file in _LISTING.below(Path(base, sub)))
     return found
 
 

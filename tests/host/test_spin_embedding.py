@@ -242,7 +242,7 @@ def test_what_fails_after_learning_does_not_lose_the_word(model, clip, embedding
     conditioning, name, _ = run_node(model, clip)
     assert torch.equal(conditioning[0][0], expected[0][0])
     assert name == "", "no prompt shall name what is not there"
-    assert "Saving embedding:spin_3 failed" in caplog.text
+    assert "Saving embedding:spin failed" in caplog.text
     assert len(list(embeddings.iterdir())) == 2
 
 
@@ -356,6 +356,33 @@ def test_flow_models_and_motion_modules_are_refused(model, clip):
     moving.set_injections("motion", [comfy.model_patcher.PatcherInjection(lambda _: None, lambda _: None)])
     with pytest.raises(ValueError, match="AnimateDiff"):
         run_node(moving, clip)
+
+
+def test_of_several_folders_the_first_that_can_be_written_is_taken(model, clip, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    folders = [tmp_path / "file", tmp_path / "mine", tmp_path / "other"]
+    paths = ([str(folder) for folder in folders], set())
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", paths)
+    assert run_node(model, clip)[1] == "embedding:spin"
+    assert [f.name for f in folders[1].iterdir()] == ["spin.safetensors"]
+    assert not folders[2].exists()
+
+
+def test_overwriting_replaces_the_file_where_it_is(model, clip, embeddings, monkeypatch):
+    (embeddings / "below").mkdir()
+    (embeddings / "below" / "spin.safetensors").write_bytes(b"old")
+    assert run_node(model, clip, overwrite=True)[1] == "embedding:spin"
+    assert [f.name for f in embeddings.iterdir()] == ["below"], "or a prompt would find either"
+    assert (embeddings / "below" / "spin.safetensors").read_bytes() != b"old"
+
+    def open_elsewhere(path, *_):
+        if path.name == "spin.safetensors":
+            raise PermissionError(13, "being used by another process")
+        path.write_bytes(b"new")
+
+    monkeypatch.setattr("semantic_style.nodes.nodes_embedding.save_embedding", open_elsewhere)
+    assert run_node(model, clip, overwrite=True)[1] == "embedding:spin_2"
+    assert (embeddings / "spin_2.safetensors").read_bytes() == b"new"
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_run(model, clip, tmp_path, monkeypatch):
