@@ -10,6 +10,7 @@ too few places, see the whole style.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +185,9 @@ def best_places(q: Tensor, k: Tensor, order: RegionOrder, chunk_bytes: int | Non
                 parts.append(sorting.style[group.keys][_best(queries, k_sorted[:, :, group.keys], chunk_bytes)])
         return torch.cat(parts, dim=2)[:, :, sorting.back]
 
-    # Autocast would take the products back to half precision.
-    with torch.autocast(q.device.type, enabled=False):
+    # Autocast would take the products back to half precision; not every device has it.
+    autocast = torch.amp.is_autocast_available(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         return _for_every_map(attend, order, q, k)
 
 

@@ -4,7 +4,6 @@ The format is the safetensors one that ComfyUI and AUTOMATIC1111's webui read: `
 one text encoder, one entry for each encoder otherwise (SDXL: `clip_l`, `clip_g`).
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,11 +11,16 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .listing import Listing
+from .whole import write_whole
+
 ONLY = "emb_params"
 SUFFIX = ".safetensors"
 # A prompt's name ends at a space or comma, and what follows a bracket or colon is a weight.
 NAME = re.compile(r"[\w][\w.-]*")
 READ_AS = (SUFFIX, ".pt", ".bin", "")
+# Devices, whatever ending they are given: Windows writes into them without a word.
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 IN_PROMPT = re.compile(r"(?<![^\s(])embedding:([^\s,;:()]+)")
 
 
@@ -27,6 +31,8 @@ def check_name(name: str) -> None:
             f"an embedding's name has letters, digits, '_', '-' and '.' only, without the file's ending, so that a "
             f"prompt can name it; got {name!r}"
         )
+    if DEVICES.fullmatch(name):
+        raise ValueError(f"{name!r} is the name of a device on Windows, where no file can have it: take another")
 
 
 def free_name(name: str, folders: Iterable[str | Path]) -> str:
@@ -36,9 +42,8 @@ def free_name(name: str, folders: Iterable[str | Path]) -> str:
         ValueError: see `check_name`.
     """
     check_name(name)
-    files = (file for folder in folders for _, _, found in os.walk(folder, followlinks=True) for file in found)
     # Case does not tell files apart everywhere.
-    taken = {file.lower() for file in files}
+    taken = {file.rpartition("/")[2].lower() for folder in folders for file in _everything().below(folder)}
 
     def is_taken(candidate: str) -> bool:
         return any(candidate.lower() + ending in taken for ending in READ_AS)
@@ -50,18 +55,23 @@ def free_name(name: str, folders: Iterable[str | Path]) -> str:
     return found
 
 
+def file_of(name: str, folders: Iterable[str | Path]) -> Path | None:
+    """The safetensors file in or below the folders that a prompt's `embedding:name` means; None where there is none."""
+    wanted = f"{name}{SUFFIX}".lower()
+    found = (Path(folder, file) for folder in folders for file in _everything().below(folder))
+    return next((file for file in found if file.name.lower() == wanted), None)
+
+
+def _everything() -> Listing:
+    return Listing(lambda _: True)
+
+
 def save_embedding(path: Path, vectors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write vectors [n, width] of each text encoder; a file that is there is replaced when the new one is complete."""
     one = len(vectors) == 1
     tensors = {ONLY if one else key: v.detach().to("cpu").float().contiguous() for key, v in vectors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, which no prompt can say: a reader never sees half a file.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, unfinished, dict(metadata or {}))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, lambda unfinished: save_file(tensors, unfinished, dict(metadata or {})))
 
 
 def take_embeddings(text: str, load: Callable[[str], Tensor | None]) -> tuple[str, dict[str, Tensor]]:

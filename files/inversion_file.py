@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..samplers.inversion import Inversion, ModelIdentity
+from .whole import write_whole
 
 FORMAT = "semantic_style.inversion"
 VERSION = 1
@@ -33,14 +34,8 @@ def save_inversion(path: str | os.PathLike, inversion: Inversion) -> None:
     for side in ("positive", "negative"):
         header[side] = _pack(getattr(inversion, side), side, tensors)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
-    path = Path(path)
-    # Beside its place first: a full disk or a cancelled run must not leave half a file under the real name.
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        save_file({name: _alone(tensor) for name, tensor in tensors.items()}, unfinished, metadata)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    owned = {name: _alone(tensor) for name, tensor in tensors.items()}
+    write_whole(Path(path), lambda unfinished: save_file(owned, unfinished, metadata))
 
 
 def load_inversion(path: str | os.PathLike, shape: Sequence[int] | None = None) -> Inversion:

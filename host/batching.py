@@ -1,13 +1,18 @@
-"""How many noise levels of an inversion may and should share one model call."""
+"""How many noise levels of an inversion, and how many pictures, may and should share one model call."""
 
 import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import comfy.model_management
+import comfy.samplers
 import torch
 from torch import Tensor
 
-from .versions import free_memory
+from .versions import free_memory, is_oom
+
+T = TypeVar("T")
 
 # Beyond that much latent area in one call a GPU is busy anyway; a bound also keeps progress, previews and Cancel
 # responsive.
@@ -58,6 +63,43 @@ def fits(guider: Any, latent: Tensor, copies: int) -> bool:
     return copies * latent.numel() * 4 <= STORE_SHARE * free_memory(guider.model_patcher, latent.device)
 
 
+class Parts:
+    """Calls of a model on many rows, in as many parts as its memory asks for. One for a run: what a call has taught
+    holds for those after it.
+
+    Args:
+        unit: rows that must stay together in a call; None for all of them.
+    """
+
+    def __init__(self, unit: int | None) -> None:
+        self.unit = unit
+        self.most: int | None = None
+
+    def __call__(self, rows: int, call: Callable[[slice], T]) -> list[T]:
+        """What `call` gives for each part of the rows, in order; where memory runs out, of half as many at a time."""
+        while True:
+            most = rows if self.most is None else min(self.most, rows)
+            try:
+                return [call(slice(first, min(first + most, rows))) for first in range(0, rows, most)]
+            except Exception as error:
+                if self.unit is None or most <= self.unit or not is_oom(error):
+                    raise
+                self.most = max(1, most // self.unit // 2) * self.unit
+            # Only here, where the error is gone with all that its frames held.
+            logging.warning("Out of memory; trying again with %d pictures per model call.", self.most)
+            comfy.model_management.soft_empty_cache()
+
+
+def rows_together(guider: Any, batch: int) -> int | None:
+    """How many rows of a guider's calls must stay together: 1 where the model treats every picture alone, the pictures
+    of a level where the conditioning has a row for each, None where something might look at the whole batch.
+    """
+    # Other guiders (energies, several models) may know more of the batch than the host's own does.
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        return None
+    return next((unit for unit in (1, batch) if not why_one_by_one(guider, unit)), None)
+
+
 def why_one_by_one(guider: Any, batch: int) -> str:
     """Why different noise levels must not share a model call here; empty when they may.
 
@@ -81,7 +123,7 @@ def why_one_by_one(guider: Any, batch: int) -> str:
         return f"the model has {', '.join(objects)} replaced"
     for conds in guider.conds.values():
         for cond in conds or []:
-            if reason := _why_not_cond(cond, batch):
+            if reason := why_not_cond(cond, batch):
                 return reason
     return ""
 
@@ -92,7 +134,8 @@ _HARMLESS_OBJECTS = ("model_sampling", "latent_format")
 _LEVEL_DEPENDENT = ("timestep_start", "timestep_end", "control", "hooks", "gligen")
 
 
-def _why_not_cond(cond: dict, batch: int) -> str:
+def why_not_cond(cond: dict, batch: int) -> str:
+    """Why rows of calls with this processed conditioning must not be put together anew; empty where they may."""
     for key in _LEVEL_DEPENDENT:
         if cond.get(key) is not None:
             return f"the conditioning has {key}"

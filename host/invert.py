@@ -21,9 +21,8 @@ from tqdm.auto import tqdm
 from ..samplers.ddim_inversion import ddim_inversion
 from ..samplers.ddpm_inversion import ddpm_inversion
 from ..samplers.inversion import Inversion
-from .batching import fits, levels_per_call
+from .batching import Parts, fits, levels_per_call, rows_together
 from .models import check_channels, check_invertible, identify
-from .versions import is_oom
 from .windows import set_window_step
 
 if TYPE_CHECKING:
@@ -57,20 +56,27 @@ class Task:
 class HostModel:
     """A guider as the samplers see a model; ends the run before the next call when the user cancels it.
 
+    Where the memory does not do for all rows of a call they are evaluated in parts, if the model treats them alone.
+
     Attributes:
-        guider: the host's. sigmas: [N+1] levels of the schedule that the calls belong to.
+        guider: the host's. sigmas: [N+1] levels of the schedule that the calls belong to. batch: pictures in a level.
     """
 
-    def __init__(self, guider: Any, sigmas: Tensor) -> None:
+    def __init__(self, guider: Any, sigmas: Tensor, batch: int) -> None:
         self.guider = guider
         self.sigmas = sigmas
+        self.parts = Parts(rows_together(guider, batch))
         inner = guider.inner_model
         self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        def call(rows: slice) -> Tensor:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            return self.guider(x[rows], sigma[rows], **extra_args)
+
         set_window_step(extra_args.get("model_options", {}), self.sigmas, sigma)
-        return self.guider(x, sigma, **extra_args)
+        parts = self.parts(len(x), call)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def make_sigmas(model: "ModelPatcher", scheduler: str, steps: int) -> Tensor:
@@ -118,23 +124,15 @@ def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True, sa
 
     def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
         n = len(sigmas) - 1
-        store = None if fits(model.guider, clean, 2 * n) else comfy.model_management.intermediate_device()
         per_call = levels_per_call(model.guider, clean, n, batch_steps)
-        settings: dict[str, Any] = {"seed": task.seed, "keep_residual": keep_residual, "store": store}
+        settings: dict[str, Any] = {"seed": task.seed, "keep_residual": keep_residual}
+        settings["store"] = _store(model.guider, clean, 2 * n)
         if same_noise:
             generator = torch.Generator("cpu").manual_seed(task.seed)
             one = torch.randn((n, 1, *clean.shape[1:]), generator=generator, dtype=clean.dtype)
             settings["noise"] = one.expand(n, *clean.shape)
         settings.update(extra_args=extra_args, callback=callback)
-        while True:
-            try:
-                return ddpm_inversion(model, clean, sigmas, batch_steps=per_call, **settings)
-            except Exception as error:
-                if per_call == 1 or not is_oom(error):
-                    raise
-                per_call //= 2
-            logging.warning("Out of memory while inverting; trying again with %d noise levels per call.", per_call)
-            comfy.model_management.soft_empty_cache()
+        return ddpm_inversion(model, clean, sigmas, batch_steps=per_call, **settings)
 
     return _run(task, run, calls_per_step=1)
 
@@ -152,9 +150,15 @@ def invert_ddim(task: Task, refine: int = 0) -> Inversion:
         logging.warning("DDIM refinement does not converge with guidance (CFG %g): use CFG 1 with it.", task.cfg)
 
     def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
-        return ddim_inversion(model, clean, sigmas, refine=refine, extra_args=extra_args, callback=callback)
+        settings: dict[str, Any] = {"refine": refine, "store": _store(model.guider, clean, len(sigmas))}
+        return ddim_inversion(model, clean, sigmas, extra_args=extra_args, callback=callback, **settings)
 
     return _run(task, run, calls_per_step=1 + refine)
+
+
+def _store(guider: Any, clean: Tensor, copies: int) -> torch.device | None:
+    """Where an inversion of so many latents is kept while it is made: beside the picture, or where there is room."""
+    return None if fits(guider, clean, copies) else comfy.model_management.intermediate_device()
 
 
 class InversionSampler(comfy.samplers.Sampler):
@@ -175,7 +179,9 @@ class InversionSampler(comfy.samplers.Sampler):
             callback(state["i"], state["denoised"], state["x"], state["total"])
 
         with bar:
-            self.result = self.run(HostModel(model_wrap, sigmas), latent_image, sigmas, extra_args, report)
+            self.result = self.run(
+                HostModel(model_wrap, sigmas, len(latent_image)), latent_image, sigmas, extra_args, report
+            )
         return latent_image
 
 

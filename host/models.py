@@ -1,6 +1,7 @@
 """Which models can be inverted, and whether a replay runs on the model that the inversion was made with."""
 
 import hashlib
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -83,11 +84,13 @@ def identify(model: "ModelPatcher") -> ModelIdentity:
 
 
 def check_same(made_with: ModelIdentity | None, now: ModelIdentity, allow_other: bool) -> None:
-    """Raise ValueError when a replay would run on another model than the inversion's.
+    """Raise ValueError when a replay would run on another model than the inversion's; warn where that cannot be told.
 
     A different structure never fits. Different weights in the same structure are an error unless `allow_other`; patches
     such as a LoRA on the same checkpoint do not count, they are edits.
     """
+    if note := why_unchecked(made_with, now, allow_other):
+        logging.warning("Semantic Style: %s", note)
     if made_with is None:
         return
     if made_with.structure != now.structure:
@@ -102,6 +105,21 @@ def check_same(made_with: ModelIdentity | None, now: ModelIdentity, allow_other:
             "that model, invert "
             "again with this one, or switch on allow_other_model on the Replay node if you mean it"
         )
+
+
+def why_unchecked(made_with: ModelIdentity | None, now: ModelIdentity, allow_other: bool) -> str:
+    """Why `check_same` cannot tell another checkpoint, for logs and reports; empty where it can or need not."""
+    if allow_other:
+        return ""
+    if made_with is None:
+        reason = "the inversion does not say which model it was made with"
+    elif not made_with.weights:
+        reason = f"the weights of the inversion's model ({made_with.name}) could not be read when it was made"
+    elif not now.weights:
+        reason = f"the weights of this model ({now.name}) cannot be read (quantised or kept elsewhere)"
+    else:
+        return ""
+    return f"{reason}, so it was not checked whether both are one checkpoint: see to it that they are"
 
 
 def _describe(model: "ModelPatcher") -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
-from ..files.embedding_file import SUFFIX, save_embedding
 from .inference_tensors import OrdinaryOperands
 from .small_model import KEY, SmallTextModel
 from .versions import lends_weights, set_execution_device
@@ -120,11 +120,14 @@ def make_prompt(clip: "comfy.sd.CLIP", template: str, class_word: str, count: in
     start = {key: vectors.repeat(-(-count // len(vectors)), 1)[:count] for key, vectors in words.items()}
     marks = {k: MARK + torch.arange(count)[:, None].expand(-1, v.shape[1]) for k, v in start.items()}
     with tempfile.TemporaryDirectory(prefix="semantic-style-") as folder:
-        save_embedding(Path(folder, PLACEHOLDER + SUFFIX), marks)
+        # Not as safetensors: those stay mapped, and Windows deletes no file that is.
+        torch.save({k: v.contiguous() for k, v in marks.items()}, Path(folder, f"{PLACEHOLDER}.pt"))
         reading = clip.clone()
         reading.tokenizer = _reading_from(clip.tokenizer, folder)
         # Spaces around it, without which the host would not see an embedding, mean nothing to a tokenizer.
         tokens = reading.tokenize(text.replace(IT, f" embedding:{PLACEHOLDER} "))
+    # Other embeddings in the template as well.
+    tokens = tree_map_only(Tensor, torch.clone, tokens)
     places = tuple(_find(tokens))
     for key in start:
         found = [p.row for p in places if p.encoder == key]

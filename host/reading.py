@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..attention.layers import feature_blocks
 from ..samplers.features import Features, FeatureTap
 from ..samplers.guidance import NOT_SEEN
+from .batching import Parts, rows_together, why_not_cond
 from .conditioning import REFERENCE, stream_conds
 from .versions import without_clones
 
@@ -104,18 +105,25 @@ class _Reading(comfy.samplers.Sampler):
     ):
         bar = comfy.utils.ProgressBar(len(self.looks))
         for look in self.looks:
-            comfy.model_management.throw_exception_if_processing_interrupted()
             latent = noised(look.clean, self.sigma, look.seed).to(noise)
-            self.features.append(self._read(model_wrap, latent, look.prompt, extra_args["model_options"]))
+            self.features.append(self._read_all(model_wrap, latent, look.prompt, extra_args["model_options"]))
             bar.update(1)
         return noise
 
-    def _read(self, guider: Any, latent: Tensor, prompt: list, model_options: dict[str, Any]) -> Features:
+    def _read_all(self, guider: Any, latent: Tensor, prompt: list, model_options: dict[str, Any]) -> Features:
+        conds = stream_conds(guider, prompt, latent)
+        alone = rows_together(guider, 1) == 1 and not any(why_not_cond(cond, 1) for cond in conds)
+        read = Parts(1 if alone else None)(
+            len(latent), lambda rows: self._read(guider, latent[rows], conds, model_options)
+        )
+        return replace(read[0], stages=tuple(map(torch.cat, zip(*(r.stages for r in read), strict=True))))
+
+    def _read(self, guider: Any, latent: Tensor, conds: list[dict], model_options: dict[str, Any]) -> Features:
+        comfy.model_management.throw_exception_if_processing_interrupted()
         unet = guider.inner_model.diffusion_model
         tap = FeatureTap(feature_blocks(unet))
         options = without_clones(comfy.model_patcher.create_model_options_clone(model_options))
         options["transformer_options"] = {**tap.options(options.get("transformer_options")), REFERENCE: True}
-        conds = stream_conds(guider, prompt, latent)
         sigma = latent.new_full((len(latent),), self.sigma)
         comfy.samplers.calc_cond_batch(guider.inner_model, [conds], latent, sigma, options)
         seen = tap.read(latent.shape[2:])

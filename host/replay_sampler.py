@@ -16,6 +16,9 @@ from .batching import fits
 from .invert import HostModel
 from .models import check_invertible, check_same, identify
 
+# Of a latent's largest value: what storing it in bfloat16 on its way may change.
+ROUNDING = 2**-8
+
 
 def check_skip(inversion: Inversion, skip: int) -> None:
     """Raise ValueError unless the inversion has a step left after `skip` of them."""
@@ -58,6 +61,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         skip: noisy steps left out.
         exact: add the inversion's residual on its last step.
         adain: takes a reference's statistics after each step, None for none.
+        start: [B, C, *S] in the model's coordinates, what the run has to start from; None for the stored latent.
     """
 
     def __init__(
@@ -67,12 +71,14 @@ class ReplaySampler(comfy.samplers.Sampler):
         exact: bool = True,
         allow_other_model: bool = False,
         adain: StepAdaIN | None = None,
+        start: Tensor | None = None,
     ) -> None:
         self.inversion = inversion
         self.skip = skip
         self.exact = exact
         self.allow_other_model = allow_other_model
         self.adain = adain
+        self.start = start
 
     def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
         """Never: the stored latents are `clean + sigma * noise` at the highest level too, without the host's
@@ -83,17 +89,18 @@ class ReplaySampler(comfy.samplers.Sampler):
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
-        """Sample for a host's guider; raises ValueError before any model call when model, size or schedule do not
-        fit.
+        """Sample for a host's guider; raises ValueError before any model call when model, size, schedule or the latent
+        to start from do not fit.
         """
         inversion = self.inversion
         check_invertible(model_wrap.model_patcher)
         check_same(inversion.model, identify(model_wrap.model_patcher), self.allow_other_model)
         inversion.check_fits(noise.shape)
-        self._check_start(inversion.find(sigmas))
+        self._check_skipped(inversion.find(sigmas))
         self._check_adain(noise.shape)
-        self._note_cfg(model_wrap)
         x = noise * sigmas[0] + latent_image
+        self._check_start(x)
+        self._note_cfg(model_wrap)
         mask = None if denoise_mask is None else _mask_by_level(denoise_mask, model_wrap, sigmas, len(x), extra_args)
         total = len(sigmas) - 1
         bar = tqdm(total=total, disable=disable_pbar)
@@ -108,15 +115,29 @@ class ReplaySampler(comfy.samplers.Sampler):
         settings["after_step"] = self._resident_adain(model_wrap, x)
         with bar:
             return replay(
-                HostModel(model_wrap, inversion.sigmas), x, sigmas, extra_args, report, disable_pbar, **settings
+                HostModel(model_wrap, inversion.sigmas, len(x)), x, sigmas, extra_args, report, disable_pbar, **settings
             )
 
-    def _check_start(self, start: int) -> None:
-        if start != self.skip:
+    def _check_skipped(self, first: int) -> None:
+        if first != self.skip:
             raise ValueError(
-                f"the SIGMAS start at step {start} of the inversion, the Replay node at step {self.skip}: to leave out "
+                f"the SIGMAS start at step {first} of the inversion, the Replay node at step {self.skip}: to leave out "
                 "noisy steps set "
                 "skip on the Replay node and use its NOISE, SAMPLER and SIGMAS together"
+            )
+
+    def _check_start(self, x: Tensor) -> None:
+        """Noise maps take a latent from one stored level to the next: after any other they are wrong, silently."""
+        expected = (self.inversion.trajectory[self.skip] if self.start is None else self.start).to(x)
+        apart, most = float((x - expected).abs().max()), float(expected.abs().max())
+        if not apart <= ROUNDING * most:
+            level = float(self.inversion.sigmas[self.skip])
+            raise ValueError(
+                f"the run starts from another latent than the inversion's at sigma {level:.4g} (they differ by up to "
+                f"{apart:.3g}), to which its noise maps do not lead on: give the Replay node's NOISE and LATENT to "
+                "SamplerCustomAdvanced too, not only its SAMPLER and SIGMAS (RandomNoise, DisableNoise and "
+                "SamplerCustom make another noise). To start from another latent on purpose, connect it to the Replay "
+                "node's start"
             )
 
     def _check_adain(self, shape: torch.Size) -> None:

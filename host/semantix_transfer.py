@@ -9,6 +9,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
+from ..regions.masks import as_mask
 from ..regions.semantic_map import SemanticMap
 from ..samplers.guidance_report import GuidanceReport
 from ..samplers.inversion import Inversion
@@ -17,6 +18,7 @@ from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
 from ..samplers.terms import Energy, Stream
 from .energy_guider import EnergyGuider, summary, why_nothing
 from .fingerprint import fingerprint
+from .models import identify, why_unchecked
 from .replay_sampler import ReplayNoise, ReplaySampler, check_skip
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ class Transfer:
         )
         latent = {"samples": context.to_outer(context.clean)}
         if self.mask is not None:
-            latent["noise_mask"] = self.mask.reshape(-1, 1, *self.mask.shape[-2:])
+            latent["noise_mask"] = as_mask(self.mask)[:, None]
         samples = sample(guider, ReplayNoise(context, self.skip), sampler, context.sigmas[self.skip :], latent)
         return samples, reports[0]
 
@@ -148,7 +150,7 @@ class Transfer:
     def describe(self, samples: Tensor, report: GuidanceReport) -> str:
         """What was done and what came of it, a line each."""
         context = self.context
-        first = round(self.adain_start * context.steps)
+        first = StepAdaIN(self.reference, context.steps, self.adain_start).first
         adain = f"from step {first + 1} of {context.steps} on" if self.adain_start < 1.0 else "off"
         w = self.weights
         lines = [
@@ -165,7 +167,13 @@ class Transfer:
             lines.append(
                 f"Note: the context was inverted with another {' and another '.join(others)}: that alone edits it"
             )
+        lines += [f"Note: {note}" for note in self._unchecked()]
         return "\n".join(lines)
+
+    def _unchecked(self) -> list[str]:
+        now = identify(self.model)
+        notes = (why_unchecked(i.model, now, self.allow_other_model) for i in (self.context, self.reference))
+        return list(dict.fromkeys(filter(None, notes)))
 
     def _other_than_inverted(self) -> list[str]:
         """What makes this run an edit of the context whatever the energy does."""

@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..host.auto_map import Request, auto_map, summary
+from ..host.models import identify, why_unchecked
 from ..host.reading import MIDDLE_SIGMA
 from ..regions.clustering import MAX_REGIONS
 from ..regions.map_report import describe, warnings
@@ -107,7 +108,9 @@ class AutoMap(io.ComfyNode):
     ) -> io.NodeOutput:
         request = Request(model, content, style, prompt, sigma, regions, smoothing, seed, allow_other_model)
         found, clusterings = auto_map(request)
-        lines = [summary(clusterings), describe(found), warnings(found)]
+        now = identify(model)
+        unchecked = dict.fromkeys(why_unchecked(side.model, now, allow_other_model) for side in request.sides)
+        lines = [summary(clusterings), describe(found), warnings(found), *unchecked]
         report = "\n".join(line for line in lines if line)
         return io.NodeOutput(found, report, ui=ui.PreviewText(report))
 

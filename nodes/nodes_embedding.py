@@ -10,14 +10,16 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..files.embedding_file import SUFFIX, check_name, free_name, save_embedding
+from ..files.embedding_file import SUFFIX, check_name, file_of, free_name, save_embedding
 from ..host.learn_word import Task, latent_as_picture, learn_embedding, summary, tell
 from ..host.models import check_same, identify
 from ..host.pseudo_words import IT, make_prompt
+from ..pictures.report_plot import HEIGHT, WIDTH
 from ..pictures.word_plot import embedding_plot
 from ..regions.masks import as_mask, mask_on_grid
 from ..samplers.inversion import Inversion
 from ..samplers.word_learning import MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
+from .late import attempt
 from .nodes_inversion import MAX_SEED
 from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
@@ -155,7 +157,8 @@ class SpinEmbedding(io.ComfyNode):
                 ),
                 io.String.Output(
                     display_name="embedding",
-                    tooltip="embedding:name, to put into prompts: 'a pencil drawing of embedding:name'.",
+                    tooltip="embedding:name, to put into prompts: 'a pencil drawing of embedding:name'. Empty where "
+                    "the file could not be written.",
                 ),
                 io.Image.Output(
                     display_name="report",
@@ -192,38 +195,59 @@ class SpinEmbedding(io.ComfyNode):
         picture = _picture(model, latent, inversion, image, vae)
         where = None if saliency is None else mask_on_grid(as_mask(saliency, "saliency"), tuple(picture.shape[-2:]))
         prompt = make_prompt(clip, template, class_word, tokens)
-        _check_folder(Path(_folders()[0]))
+        folder = _writable_folder()
 
-        def keep(learned: Learned, as_name: str) -> None:
+        def keep(learned: Learned, name: str, overwrite: bool) -> str:
+            """Save it; the name under which it is."""
             said = {"class_word": class_word, "template": prompt.text, "model": identify(model).name}
-            path = Path(_folders()[0], as_name + SUFFIX)
-            save_embedding(path, learned.vectors, {**said, "learned": summary(learned)})
-            logging.info("Saved embedding:%s to %s.", as_name, path)
+            said["learned"] = summary(learned)
+            if overwrite:
+                path = file_of(name, [folder, *_folders()]) or folder / (name + SUFFIX)
+                try:
+                    save_embedding(path, learned.vectors, said)
+                    logging.info("Saved embedding:%s to %s.", name, path)
+                    return name
+                except OSError as error:
+                    logging.warning("Semantic Style: %s cannot be replaced (%s): a number is added.", path, error)
+            name = free_name(name, _folders())
+            path = folder / (name + SUFFIX)
+            save_embedding(path, learned.vectors, said)
+            logging.info("Saved embedding:%s to %s.", name, path)
+            return name
 
         def broken_off(learned: Learned) -> None:
-            keep(learned, free_name(name + CANCELLED, _folders()))
+            # What ended the run goes on from here.
+            attempt("Saving what was learnt", lambda: keep(learned, name + CANCELLED, False), "")
 
         task = Task(model, prompt, picture, where, settings, checkpointing, broken_off)
         learned = learn_embedding(task)
         tell(learned)
-        name = name if overwrite else free_name(name, _folders())
-        keep(learned, name)
+        saved, not_saved = attempt(f"Saving embedding:{name}", lambda: keep(learned, name, overwrite), "")
         conditioning = clip.encode_from_tokens_scheduled(prompt.with_vectors(learned.vectors))
-        return io.NodeOutput(conditioning, f"embedding:{name}", _report(model, vae, picture, learned, name))
+        report, _ = attempt(
+            "The report",
+            lambda: _report(model, vae, picture, learned, saved or name, not_saved or summary(learned)),
+            torch.zeros(1, HEIGHT, WIDTH, 3),
+        )
+        # No prompt shall name what is not there.
+        return io.NodeOutput(conditioning, f"embedding:{saved}" if saved else "", report)
 
 
 def _folders() -> list[str]:
     return folder_paths.get_folder_paths("embeddings")
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise ValueError before the run where its result could not be saved after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"embeddings are saved in {folder}, where nothing can be written ({error})") from error
+def _writable_folder() -> Path:
+    """The first embeddings folder that can be written; ValueError, before the run, where there is none."""
+    errors = []
+    for folder in map(Path, _folders()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            errors.append(f"{folder} ({error})")
+    raise ValueError(f"embeddings are saved in {', '.join(errors)}, where nothing can be written")
 
 
 def _picture(model: Any, latent: dict | None, inversion: Inversion | None, image: Tensor | None, vae: Any) -> Tensor:
@@ -245,7 +269,7 @@ def _picture(model: Any, latent: dict | None, inversion: Inversion | None, image
     return vae.encode(image[..., :3])
 
 
-def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str) -> Tensor:
+def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, note: str) -> Tensor:
     shown = {
         "the picture": picture[:1],
         "seen with the class word": learned.before[None],
@@ -253,7 +277,7 @@ def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str) 
     }
     pictures = {said: latent_as_picture(model, vae, latent) for said, latent in shown.items()}
     with torch.inference_mode(False):
-        return embedding_plot(learned, pictures, summary(learned)).clone()
+        return embedding_plot(learned, pictures, note).clone()
 
 
 NODES: list[type[io.ComfyNode]] = [SpinEmbedding]

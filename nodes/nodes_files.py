@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..files.inversion_file import load_inversion, save_inversion
+from ..files.listing import Listing
 from ..samplers.inversion import Inversion
 from .schema import schema
 from .types import Inversion as InversionSocket
@@ -16,6 +17,8 @@ from .types import Inversion as InversionSocket
 CATEGORY = "semantic_style/inversion"
 SUFFIX = ".safetensors"
 FOLDER = "inversions"
+# Asked for at every look at the nodes and every queueing, in folders that may hold anything.
+_LISTING = Listing(lambda name: name.lower().endswith(SUFFIX))
 
 
 class SaveInversion(io.ComfyNode):
@@ -102,8 +105,7 @@ def _files() -> list[str]:
     found = []
     places = ((folder_paths.get_input_directory(), "", ""), (folder_paths.get_output_directory(), FOLDER, " [output]"))
     for base, sub, mark in places:
-        below = Path(base, sub)
-        found += sorted(f"{p.relative_to(base).as_posix()}{mark}" for p in below.rglob(f"*{SUFFIX}") if p.is_file())
+        found += sorted(f"{Path(sub, file).as_posix()}{mark}" for file in _LISTING.below(Path(base, sub)))
     return found
 
 
@@ -115,7 +117,7 @@ def _path(file: str) -> Path:
     # Not resolved: a link that the user put into the folder may lead anywhere, a name may not.
     root = Path(os.path.abspath(base or folder_paths.get_input_directory()))
     path = Path(os.path.abspath(root / name))
-    if not path.is_relative_to(root) or path.suffix != SUFFIX:
+    if not path.is_relative_to(root) or path.suffix.lower() != SUFFIX:
         raise ValueError(f"{file!r} is not a {SUFFIX} file below ComfyUI's input or output folder")
     if not path.is_file():
         raise FileNotFoundError(f"there is no inversion {file!r}; save one, or press R to refresh the list")

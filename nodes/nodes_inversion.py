@@ -64,7 +64,8 @@ def adain_start_input() -> Any:
         max=1.0,
         step=0.01,
         optional=True,
-        tooltip="Part of the steps before the first AdaIN: a third as published, 0 from the first step on, 1 never.",
+        tooltip="Part of the steps before the first AdaIN: 0.33, exactly a third, as published; 0 from the first step "
+        "on, 1 never.",
     )
 
 
@@ -218,7 +219,10 @@ class Replay(io.ComfyNode):
             ],
             outputs=[
                 io.Noise.Output(display_name="noise", tooltip="The inversion's own noise at its first level."),
-                io.Sampler.Output(display_name="sampler", tooltip="Samples along the inversion's noise maps."),
+                io.Sampler.Output(
+                    display_name="sampler",
+                    tooltip="Samples along the inversion's noise maps; takes this node's noise and latent only.",
+                ),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The inversion's noise levels, without those skipped."),
                 io.Latent.Output(
                     display_name="latent",
@@ -249,7 +253,7 @@ class Replay(io.ComfyNode):
             adain = StepAdaIN(adain_reference, inversion.steps, adain_start, semantic_map)
         return io.NodeOutput(
             ReplayNoise(inversion, skip, beginning),
-            ReplaySampler(inversion, skip, exact, allow_other_model, adain),
+            ReplaySampler(inversion, skip, exact, allow_other_model, adain, beginning),
             inversion.sigmas[skip:].clone(),
             {"samples": inversion.to_outer(inversion.clean)},
         )

@@ -7,6 +7,7 @@ from ..pictures.overlay import overlay_map
 from ..regions.color_maps import regions_from_colors
 from ..regions.map_report import describe, warnings
 from ..regions.mask_maps import GAPS, Coverage, regions_from_masks
+from ..regions.masks import as_mask
 from ..regions.semantic_map import SemanticMap
 from .schema import ADVANCED, schema
 from .types import SemanticMap as SemanticMapSocket
@@ -167,7 +168,7 @@ def _lines(*parts: str) -> str:
 
 def _batch(masks: list[torch.Tensor], name: str) -> torch.Tensor:
     """A list of masks or of batches of them as one batch."""
-    batches = [mask[None] if mask.ndim == 2 else mask for mask in masks]
+    batches = [as_mask(mask, f"{name} mask", may_be_empty=True) for mask in masks]
     sizes = sorted({tuple(batch.shape[1:]) for batch in batches})
     if len(sizes) > 1:
         said = ", ".join("x".join(map(str, reversed(size))) for size in sizes)

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from comfy_api.latest import io, ui
 
 from ..host.find_subject import LOOKS, SIGMA, Request, find_subjects, pixel_size
+from ..host.models import identify, why_unchecked
 from ..pictures.overlay import overlay_subject
 from ..regions.saliency import THRESHOLD, Saliency
 from ..samplers.inversion import Inversion
+from .late import attempt
 from .nodes_inversion import MAX_SEED
 from .schema import ADVANCED, schema
 from .types import Inversion as InversionSocket
@@ -151,8 +153,13 @@ class FindSubject(io.ComfyNode):
         size = pixel_size(model, reference) if image is None else tuple(image.shape[1:3])
         mask = torch.stack([_pixels(subject, mode, size, grow) for subject in found])
         report = _report(found, mask)
-        preview = overlay_subject(mask, image)
-        return io.NodeOutput(mask, preview, report, ui=ui.PreviewImage(preview, cls=cls))
+        if inversion is not None and (note := why_unchecked(inversion.model, identify(model), allow_other_model)):
+            report += f"\n{note}"
+        plain = mask[..., None].expand(-1, -1, -1, 3)
+        preview, no_preview = attempt("The preview", lambda: overlay_subject(mask, image), plain)
+        shown, not_shown = attempt("Showing the preview", lambda: ui.PreviewImage(preview, cls=cls), None)
+        report = "\n".join(filter(None, (report, no_preview, not_shown)))
+        return io.NodeOutput(mask, preview, report, ui=shown)
 
 
 def _check_image(image: torch.Tensor | None, reference) -> None:

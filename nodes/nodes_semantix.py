@@ -9,12 +9,13 @@ from comfy_api.latest import io, ui
 
 from ..host.energy_guider import EnergyGuider, why_nothing
 from ..host.semantix_transfer import Transfer, make_energy
-from ..pictures.report_plot import report_plot
+from ..pictures.report_plot import HEIGHT, WIDTH, report_plot
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from ..samplers.semantix_energy import FOR_IMAGES, FOR_VIDEO, Weights
 from ..samplers.step_adain import PUBLISHED_START
 from ..samplers.terms import Energy
+from .late import attempt
 from .nodes_inversion import adain_start_input
 from .schema import ADVANCED, schema
 from .types import Energy as EnergySocket
@@ -362,9 +363,14 @@ class KSampler(io.ComfyNode):
             checkpointing=checkpointing,
             allow_other_model=allow_other_model,
         )
-        samples, report = transfer.run()
-        plot = report_plot(report.table(), why_nothing(report, transfer.energy))
-        told = transfer.describe(samples, report)
+        samples, run = transfer.run()
+
+        def draw() -> torch.Tensor:
+            return report_plot(run.table(), why_nothing(run, transfer.energy))
+
+        plot, no_plot = attempt("The plot", draw, torch.zeros(1, HEIGHT, WIDTH, 3))
+        report, no_report = attempt("The report", lambda: transfer.describe(samples, run), "")
+        told = "\n".join(filter(None, (report, no_plot, no_report)))
         return io.NodeOutput({"samples": samples}, plot, told, ui=ui.PreviewText(told))
 
 

@@ -67,8 +67,8 @@ def flicker(
             f"flicker: the context moves everywhere, there is no place to measure on; raise `still` above {still:g} "
             f"for a noisy video, or lower `margin` (now {margin})"
         )
-    ours, theirs = (_change(clip)[standing].double().mean().item() for clip in (out, context))
-    return Flicker(ours, theirs, share=standing.double().mean().item())
+    ours, theirs = (_change(clip)[standing].cpu().double().mean().item() for clip in (out, context))
+    return Flicker(ours, theirs, share=standing.cpu().double().mean().item())
 
 
 def moving(context: Tensor, labels: Tensor | None = None, still: float = STILL, margin: int = MARGIN) -> Tensor:

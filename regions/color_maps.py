@@ -78,7 +78,8 @@ def regions_from_colors(content: Tensor, style: Tensor, number: int = 0, min_sha
         raise ValueError(f"the number of regions must be 0 (find it) or above, got {number}")
     if not 0.0 <= min_share < 1.0:
         raise ValueError(f"the smallest share of a region must be at least 0 and below 1, got {min_share}")
-    pictures = [picture.to(torch.float32).clamp(0, 1) for picture in (content, style)]
+    # Off the device: sums are taken in float64, which some lack.
+    pictures = [picture.to("cpu", torch.float32).clamp(0, 1) for picture in (content, style)]
     if max(_change(picture).median().item() for picture in pictures) > FLAT:
         pictures = [_smooth(picture) for picture in pictures]
     colors = _flat_colors(pictures)

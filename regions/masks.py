@@ -11,21 +11,25 @@ from torch import Tensor
 
 from .semantic_map import overlap_lengths
 
-# What blurring and resizing elsewhere may overshoot 0 and 1 by.
-OVERSHOOT = 1e-3
+# What resizing elsewhere may overshoot 0 and 1 by: bicubic, at a corner of a hard edge, by a fifth.
+OVERSHOOT = 0.25
 
 
-def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
-    """A mask as everything here takes it: [B, H, W] in 0..1, float32 at least.
+def as_mask(mask: Tensor, name: str = "mask", may_be_empty: bool = False) -> Tensor:
+    """A mask as everything here takes it: [B, H, W] in 0..1, float32 at least. Every mask input of a node comes
+    through here.
 
     Args:
-        mask: [B, H, W], or [H, W] for a single one; boolean or any floating-point type.
+        mask: [B, H, W], [B, 1, H, W] as some nodes give it, or [H, W] for a single one; boolean or any floating-point
+            type.
         name: of it, for messages.
+        may_be_empty: nothing but zeros is fine.
     Raises:
         ValueError: another shape, values that are not finite or outside 0..1, or nothing but zeros.
     """
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or 0 in mask.shape:
-        came = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    shape = list(mask.shape) if isinstance(mask, Tensor) else []
+    if 0 in shape or not (len(shape) in (2, 3) or (len(shape) == 4 and shape[1] == 1)):
+        came = shape if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"the {name} must be [B, H, W] (masks, height, width), got {came}")
     mask = mask.reshape(-1, *mask.shape[-2:]).to(torch.promote_types(mask.dtype, torch.float32))
     if not torch.isfinite(mask).all():
@@ -35,7 +39,7 @@ def as_mask(mask: Tensor, name: str = "mask") -> Tensor:
         raise ValueError(
             f"the {name} has values from {least:.4g} to {most:.4g}: 0 is outside and 1 inside, so scale it to 0..1"
         )
-    if most <= 0.0:
+    if most <= 0.0 and not may_be_empty:
         raise ValueError(f"the {name} is empty: it is 0 everywhere. Paint the part that is meant white")
     return mask.clamp(0.0, 1.0)
 

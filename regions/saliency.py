@@ -106,7 +106,7 @@ def find_subject(features: Tensor, threshold: float = THRESHOLD, max_side: int =
     if not torch.isfinite(features).all():
         raise ValueError("the features contain NaN or infinity: try the model in float32")
     size = features.shape[1:]
-    inner, margins = _inner(_reduced(features.detach().double().cpu(), max_side))
+    inner, margins = _inner(_reduced(features.detach().cpu().double(), max_side))
     grid = tuple(inner.shape[1:])
     side, cuts = _search(_affinity(inner, threshold), grid)
     maps = torch.stack([side.places.double(), side.soft()]).unflatten(1, grid)

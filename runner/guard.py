@@ -7,6 +7,7 @@ this way outlives nobody, not even a starter that was killed. Standard library o
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import threading
 
@@ -17,6 +18,8 @@ def end_with_starter() -> None:
         pass
     if hasattr(os, "killpg"):
         os.killpg(os.getpgrp(), signal.SIGKILL)
+    else:
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(os.getpid())], capture_output=True)
     os._exit(1)
 
 

@@ -173,7 +173,8 @@ def _signal_group(process: subprocess.Popen, number: int) -> None:
         if hasattr(os, "killpg"):
             os.killpg(process.pid, number)
         else:
-            process.send_signal(number)
+            # Windows has no groups, and no signal that a process could answer.
+            subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
 
 
 @contextlib.contextmanager
@@ -182,11 +183,23 @@ def _base_folder(pack: Path) -> Iterator[Path]:
     base = Path(tempfile.mkdtemp(prefix="semantic-style-"))
     try:
         (base / "custom_nodes").mkdir()
-        (base / "custom_nodes" / "semantic-style").symlink_to(pack.absolute(), target_is_directory=True)
+        _link(base / "custom_nodes" / "semantic-style", pack.absolute())
         yield base
     finally:
         with _undisturbed():
             shutil.rmtree(base, ignore_errors=True)
+
+
+def _link(link: Path, folder: Path) -> None:
+    """A link to a folder; where Windows lets nobody but administrators make one, a junction, which everyone may."""
+    try:
+        link.symlink_to(folder, target_is_directory=True)
+    except OSError:
+        if sys.platform != "win32":
+            raise
+        import _winapi
+
+        _winapi.CreateJunction(str(folder), str(link))
 
 
 @contextlib.contextmanager

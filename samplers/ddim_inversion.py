@@ -20,6 +20,7 @@ def ddim_inversion(
     sigmas: Tensor,
     *,
     refine: int = 0,
+    store: torch.device | str | None = None,
     extra_args: dict | None = None,
     callback: Callback | None = None,
 ) -> Inversion:
@@ -35,6 +36,7 @@ def ddim_inversion(
         clean: [B, C, *S] in the model's coordinates; several images go through as one batch.
         sigmas: [N+1] strictly decreasing, the last 0 as a rule.
         refine: fixed-point iterations of each step.
+        store: device that keeps the trajectory, where the latent's own is too small for it; None for the latent's.
         extra_args: keyword arguments for every model call.
         callback: see `steps.Callback`; once per model call.
     Returns:
@@ -51,7 +53,7 @@ def ddim_inversion(
     n = len(levels) - 1
     args = extra_args or {}
     total, call = n * (1 + refine), 0
-    trajectory = torch.empty((n + 1, *clean.shape), dtype=clean.dtype, device=clean.device)
+    trajectory = torch.empty((n + 1, *clean.shape), dtype=clean.dtype, device=store or clean.device)
     trajectory[n] = x = clean
     for i in reversed(range(n)):
         below = x
@@ -64,4 +66,5 @@ def ddim_inversion(
                 callback({"i": call, "total": total, "x": x, "sigma": s, "denoised": denoised})
             call += 1
         trajectory[i] = x
+    clean = clean.to(trajectory.device)
     return Inversion(kind="ddim", clean=clean, trajectory=trajectory, sigmas=sigmas.detach().cpu())

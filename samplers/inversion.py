@@ -114,7 +114,7 @@ class Inversion:
         level = float(sigma)
         if not 0.0 <= level < float("inf"):
             raise ValueError(f"a noise level must be finite and not negative, got {level}")
-        levels = self.sigmas.double().cpu()
+        levels = self.sigmas.cpu().double()
         same = torch.isclose(levels, torch.tensor(level, dtype=torch.float64), rtol=SAME_LEVEL, atol=0.0)
         if same.any():
             return self.trajectory[int(same.nonzero()[0])]
@@ -136,8 +136,8 @@ class Inversion:
         Raises:
             ValueError: unless `sigmas` is a contiguous part of the stored schedule; noise maps belong to their levels.
         """
-        own = self.sigmas.double().cpu()
-        asked = sigmas.double().cpu()
+        own = self.sigmas.cpu().double()
+        asked = sigmas.cpu().double()
         for start in range(self.steps + 2 - len(asked)):
             if len(asked) and torch.allclose(own[start : start + len(asked)], asked, rtol=SAME_LEVEL, atol=1e-8):
                 return start

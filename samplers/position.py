@@ -41,19 +41,17 @@ def position_code(
     """
     _check(channels, size, periods)
     h, w = size
-    # Made where it is used (it is asked for at every step), in float64 where that exists, so that devices agree.
-    exact = {"dtype": torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64, "device": device}
-    turns = 2 * math.pi / torch.tensor(periods, **exact)[:, None]
-    y, x = (turns * (torch.arange(n, **exact) + 0.5) / n for n in (h, w))
-    rows, columns = (torch.stack([a.sin(), a.cos()], dim=1) for a in (y, x))  # [periods, 2, h or w]
-    wave = torch.cat([columns[:, :, None, :].expand(-1, -1, h, -1), rows[:, :, :, None].expand(-1, -1, -1, w)], dim=1)
     repeats = channels // (4 * len(periods))
-    code = torch.zeros(channels, h, w, **exact)
     # Every sine/cosine pair has length 1, and there are two of them for each period.
-    code[: repeats * 4 * len(periods)] = wave.flatten(0, 1).repeat(repeats, 1, 1) / math.sqrt(
-        2 * len(periods) * repeats
-    )
-    return code.to(device=device, dtype=dtype)
+    length = math.sqrt(2 * len(periods) * repeats)
+    # Two lines of numbers, in float64 on the CPU, so that devices agree and none needs to have it.
+    turns = 2 * math.pi / torch.tensor(periods, dtype=torch.float64)[:, None]
+    y, x = (turns * (torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (h, w))
+    rows, columns = ((torch.stack([a.sin(), a.cos()], dim=1) / length).to(dtype).to(device) for a in (y, x))
+    wave = torch.cat([columns[:, :, None, :].expand(-1, -1, h, -1), rows[:, :, :, None].expand(-1, -1, -1, w)], dim=1)
+    code = torch.zeros(channels, h, w, device=device, dtype=dtype)
+    code[: repeats * 4 * len(periods)] = wave.flatten(0, 1).repeat(repeats, 1, 1)
+    return code
 
 
 def _check(channels: int, size: tuple[int, int], periods: tuple[float, ...]) -> None:

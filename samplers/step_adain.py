@@ -13,6 +13,8 @@ from ..regions.semantic_map import SemanticMap
 from .inversion import Inversion
 
 PUBLISHED_START = 1 / 3
+# What thirds are in the two digits that the nodes' inputs have.
+THIRDS = {0.33: 1 / 3, 0.67: 2 / 3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,7 @@ class StepAdaIN:
     Attributes:
         reference: whose statistics; one image, or one for each that is replayed. Its schedule may differ.
         steps: of the replayed inversion.
-        start: part 0..1 of those steps before the first AdaIN; 1 switches it off.
+        start: part 0..1 of those steps before the first AdaIN, 0.33 and 0.67 for thirds; 1 switches it off.
         regions: content and style maps, or None for the whole picture.
         strength: 0..1 of the effect.
     Raises:
@@ -40,6 +42,11 @@ class StepAdaIN:
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"AdaIN's {name} must lie between 0 and 1, got {value}")
 
+    @property
+    def first(self) -> int:
+        """The first step that it acts after, counted from 0."""
+        return round(THIRDS.get(round(self.start, 2), self.start) * self.steps)
+
     def check_fits(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless latents of `shape` [B, C, *S] can take this reference's statistics, by the regions if
         there are any.
@@ -54,6 +61,6 @@ class StepAdaIN:
         adain_latents(self.reference.clean.new_zeros(shape), self.reference.clean, self.regions)
 
     def __call__(self, x: Tensor, step: int, sigma: Tensor) -> Tensor:
-        if step < round(self.start * self.steps):
+        if step < self.first:
             return x
         return adain_latents(x, self.reference.at(sigma).to(x), self.regions, self.strength)

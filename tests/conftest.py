@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,67 @@ def host_folder() -> Path:
     folder = locate.find_host(ROOT)
     assert folder is not None
     return folder
+
+
+@pytest.fixture
+def without_float64() -> Iterator:
+    """A `torch.device` that refuses float64, as Apple's does; tensors there hold theirs on the CPU."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves, tree_map
+
+    # A device that every build of PyTorch knows and that has no kernels of its own to be missing.
+    device = torch.device("meta")
+
+    class There(torch.Tensor):
+        held: torch.Tensor
+
+        @staticmethod
+        def __new__(cls, held: torch.Tensor) -> There:
+            like = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+            there = torch.Tensor._make_wrapper_subclass(cls, held.shape, device=device, **like)
+            there.held = held
+            return there
+
+        def tolist(self) -> list:
+            return self.held.tolist()
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return on_the_cpu(func, args, kwargs or {})
+
+    def on_the_cpu(func, args, kwargs):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, There)]
+        asked = kwargs.get("device")
+        stays = bool(given) if asked is None else torch.device(asked) == device
+        moved = kwargs if asked is None else {**kwargs, "device": "cpu"}
+        args, moved = tree_map(lambda x: x.held if isinstance(x, There) else x, (args, moved))
+        out = func(*args, **moved)
+        return tree_map(lambda x: there(x, given) if isinstance(x, torch.Tensor) else x, out) if stays else out
+
+    def there(x: torch.Tensor, given: list) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            raise TypeError("Cannot convert a tensor to float64: this device does not support it")
+        # What an operation in place gives back is what it was given.
+        same = [one for one in given if one.held is x]
+        # A view of an ordinary tensor is one, in inference mode too.
+        with torch.inference_mode(all(one.is_inference() for one in given) and torch.is_inference_mode_enabled()):
+            return same[0] if same else There(x)
+
+    class Device(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if torch.is_inference_mode_enabled():
+                with self:
+                    parts = func.decompose(*args, **(kwargs or {}))
+                if parts is not NotImplemented:
+                    return parts
+            return on_the_cpu(func, args, kwargs or {})
+
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with Device():
+        yield device
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 class SkipReport:

@@ -126,7 +126,7 @@ def run_limited(command: list, seconds: float, **options) -> tuple[int | None, s
     finally:
         if process.poll() is None:
             if os.name == "nt":
-                process.kill()
+                subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
             else:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

@@ -197,7 +197,7 @@ def suitable_python() -> str | None:
 
 def main(arguments: list[str]) -> None:
     if other := suitable_python():
-        os.execv(other, [other, __file__, *arguments])
+        run_in(Path(other), [__file__, *arguments])
     if arguments and arguments[0] != "--":
         raise SetupError(f"unknown argument {arguments[0]}\n{__doc__}")
     venv, host = locate.environment(ROOT), locate.find_host(ROOT)
@@ -214,7 +214,7 @@ def main(arguments: list[str]) -> None:
 
 
 def run_in(python: Path, command: list[str]) -> None:
-    """Become the environment's Python, so that signals and the exit status are its own."""
+    """Become another Python, so that signals and the exit status are its own; on Windows, wait for it."""
     if os.name != "nt":
         os.execv(python, [str(python), *command])
     sys.exit(subprocess.run([python, *command]).returncode)

@@ -1,6 +1,7 @@
 """The nodes that keep inversions in ComfyUI's folders, and AdaIN of latents as a node."""
 
 import os
+from pathlib import Path
 
 import folder_paths
 import pytest
@@ -33,6 +34,20 @@ def save(inversion, prefix="inversions/inversion"):
 
 def choices():
     return LoadInversion.define_schema().inputs[0].options
+
+
+def test_many_other_files_are_read_once(folders, inversion, monkeypatch):
+    """The list is asked for at every look at the nodes and every queueing."""
+    everything = [Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory(), "inversions")]
+    for folder in everything:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(20):
+            (folder / f"{i}.png").touch()
+        then = folder.stat().st_mtime_ns - 60 * 10**9
+        os.utime(folder, ns=(then, then))
+    before = choices()
+    monkeypatch.setattr(os, "scandir", lambda path: pytest.fail(f"{path} was read again"))
+    assert choices() == before
 
 
 def test_saved_files_are_numbered_listed_and_loaded(folders, inversion):

@@ -6,7 +6,13 @@ import comfy.samplers
 import comfy.utils
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
+from comfy_extras.nodes_custom_sampler import (
+    CFGGuider,
+    Noise_EmptyNoise,
+    Noise_RandomNoise,
+    SamplerCustom,
+    SamplerCustomAdvanced,
+)
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.invert import make_sigmas
 from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
@@ -220,6 +226,49 @@ def test_a_start_latent_replaces_the_stored_one(model):
     torch.testing.assert_close(clean["samples"], latent(1, 4, 8, 8)["samples"])
 
 
+@pytest.mark.parametrize("invert", ["ddpm", "ddim"])
+@pytest.mark.parametrize("skip", [0, 4])
+def test_another_start_than_the_inversions_is_refused(model, evaluations, invert, skip):
+    """Its picture would be wrong without a word."""
+    image = latent(1, 4, 8, 8)
+    if invert == "ddpm":
+        inversion = ddpm(model, image)
+    else:
+        inversion = DDIMInversion.execute(model, POSITIVE, NEGATIVE, image, 6, "normal", CFG, 0).args[0]
+    noise, sampler, sigmas, own = Replay.execute(inversion, skip, True).args
+    (guider,) = CFGGuider().get_guider(model, POSITIVE, NEGATIVE, CFG)
+    start = InversionLatent.execute(inversion, skip).args[0]
+    moved = {"samples": start["samples"].flip(-1)}
+    told_to, _, _, _ = Replay.execute(inversion, skip, True, moved).args
+    evaluations.clear()
+    for other, given in (
+        (Noise_RandomNoise(0), own),
+        (Noise_EmptyNoise(), own),
+        (noise, latent(1, 4, 8, 8, seed=1)),
+        (told_to, own),
+    ):
+        with pytest.raises(ValueError, match=r"another latent than the inversion's .* node's start"):
+            SamplerCustomAdvanced().sample(other, guider, sampler, sigmas, given)
+    with pytest.raises(ValueError, match="Replay node's NOISE and LATENT"):
+        SamplerCustom().sample(model, True, 0, CFG, POSITIVE, NEGATIVE, sampler, sigmas, own)
+    assert not evaluations
+
+
+@pytest.mark.parametrize("skip", [0, 4])
+def test_the_inversions_start_is_taken_however_it_comes(model, skip):
+    inversion = ddpm(model, latent(1, 4, 8, 8))
+    expected = resample(model, inversion, skip=skip)
+    noise, sampler, sigmas, own = Replay.execute(inversion, skip, True).args
+    start = InversionLatent.execute(inversion, skip).args[0]
+    out = SamplerCustom().sample(model, False, 0, CFG, POSITIVE, NEGATIVE, sampler, sigmas, start)[0]["samples"]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
+    (guider,) = CFGGuider().get_guider(model, POSITIVE, NEGATIVE, CFG)
+    for dtype, worst in ((torch.float16, 0.01), (torch.bfloat16, 0.1)):
+        rounded = {"samples": own["samples"].to(dtype)}
+        out = SamplerCustomAdvanced().sample(noise, guider, sampler, sigmas, rounded)[0]["samples"]
+        assert error(out.float(), {"samples": expected}) < worst
+
+
 def test_ddim_and_its_refinement(model, evaluations):
     image, errors = latent(2, 4, 8, 8, seed=4), []
     for refine in (0, 2):
@@ -366,13 +415,80 @@ def test_running_out_of_memory_halves_the_levels_per_call(model, evaluations, mo
     assert error(resample(model, inversion), image) < 1e-4
 
 
+def little_memory(model, monkeypatch, rows, error=None):
+    """Calls of the network on more rows run out of memory."""
+    real = model.model.apply_model
+
+    def small(x, *args, **kwargs):
+        if len(x) > rows:
+            raise error or torch.cuda.OutOfMemoryError("too big")
+        return real(x, *args, **kwargs)
+
+    monkeypatch.setattr(model.model, "apply_model", small)
+
+
+@pytest.mark.parametrize("invert", ["ddpm", "ddim"])
+def test_running_out_of_memory_splits_the_frames(model, evaluations, monkeypatch, invert):
+    frames = latent(7, 4, 8, 8)
+
+    def inverted():
+        if invert == "ddpm":
+            return ddpm(model, frames, 2, cfg=1.0, batch_steps=2)
+        return DDIMInversion.execute(model, POSITIVE, NEGATIVE, frames, 2, "ddim_uniform", 1.0, 0).args[0]
+
+    expected = inverted()
+    replayed = resample(model, expected, cfg=1.0)
+    evaluations.clear()
+    little_memory(model, monkeypatch, 3)
+    inversion = inverted()
+    # 14 rows of DDPM, then 7, then 3; 7 of DDIM, then 3. What one call has taught holds for the next.
+    parts = [3, 3, 3, 3, 2] if invert == "ddpm" else [3, 3, 1] * expected.steps
+    assert evaluations == parts
+    torch.testing.assert_close(inversion.trajectory, expected.trajectory, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(resample(model, inversion, cfg=1.0), replayed, rtol=1e-4, atol=1e-3)
+
+
+def test_a_row_of_prompt_for_each_frame_keeps_levels_whole(model, evaluations, monkeypatch):
+    frames, positive = latent(3, 4, 8, 8), conditioning(5, batch=3)
+    expected = ddpm(model, frames, 4, positive=positive, cfg=1.0)
+    evaluations.clear()
+    little_memory(model, monkeypatch, 5)
+    inversion = ddpm(model, frames, 4, positive=positive, cfg=1.0, batch_steps=4)
+    assert evaluations == [3] * 4
+    torch.testing.assert_close(inversion.noise_maps, expected.noise_maps, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("patch", [with_wrapper, with_patch, with_cfg_function])
+def test_frames_that_may_know_of_each_other_are_not_split(model, monkeypatch, patch):
+    little_memory(model, monkeypatch, 2)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        ddpm(patch(model), latent(3, 4, 8, 8), 2, cfg=1.0)
+
+
+def test_every_error_that_the_host_takes_for_out_of_memory_counts(model, monkeypatch):
+    """And no other."""
+
+    class AcceleratorError(RuntimeError):
+        pass
+
+    frames = latent(4, 4, 8, 8)
+    little_memory(model, monkeypatch, 2, AcceleratorError("out of memory"))
+    with pytest.raises(AcceleratorError):
+        ddpm(model, frames, 2, cfg=1.0)
+    known = lambda error: isinstance(error, AcceleratorError)  # noqa: E731
+    monkeypatch.setattr(comfy.model_management, "is_oom", known, raising=False)
+    ddpm(model, frames, 2, cfg=1.0)
+
+
 def test_an_inversion_too_big_for_the_device_is_streamed(model, monkeypatch):
     image = latent(1, 4, 8, 8)
     expected = ddpm(model, image, batch_steps=2)
     out = resample(model, expected, positive=OTHER)
+    followed = run_ddim(model, None)
     monkeypatch.setattr("semantic_style.host.invert.fits", lambda *_: False)
     monkeypatch.setattr("semantic_style.host.replay_sampler.fits", lambda *_: False)
     assert torch.equal(ddpm(model, image, batch_steps=2).noise_maps, expected.noise_maps)
+    assert torch.equal(run_ddim(model, None), followed)
     assert torch.equal(resample(model, expected, positive=OTHER), out)
 
 

@@ -1,11 +1,18 @@
 """Which models are refused, and how a replay knows the model of its inversion."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux, ModelSamplingSD3
 from newer_hosts import FORMATS, quantised
-from semantic_style.benchmarks.random_models import small_sd15
+from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.models import check_invertible, check_same, identify
+from semantic_style.nodes.nodes_auto_map import AutoMap
+from semantic_style.nodes.nodes_inversion import DDPMInversion
+from semantic_style.nodes.nodes_saliency import FindSubject
+from semantic_style.nodes.nodes_semantix import AS_SET, KSampler
 
 
 @pytest.fixture(scope="module")
@@ -106,5 +113,47 @@ def test_a_lora_is_an_edit_and_not_another_model(loaded):
     check_same(before, identify(model), allow_other=False)
 
 
-def test_an_inversion_of_unknown_make_fits_every_model(model):
-    check_same(None, identify(model), allow_other=False)
+def test_where_the_check_cannot_be_made_it_says_so(model, caplog):
+    known = identify(model)
+    unread = replace(known, weights=())
+    for made_with, now, message in (
+        (None, known, "does not say which model"),
+        (unread, known, "inversion's model .* could not be read"),
+        (known, unread, "weights of this model .* cannot be read"),
+    ):
+        caplog.clear()
+        check_same(made_with, now, allow_other=False)
+        assert re.search(f"{message}.*not checked whether both are one checkpoint", caplog.text)
+    caplog.clear()
+    check_same(known, known, allow_other=False)
+    check_same(unread, known, allow_other=True)
+    assert not caplog.text
+
+
+def test_reports_say_that_the_checkpoint_was_not_checked(model):
+    image = {"samples": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))}
+    image["samples"][:, :, 5:10, 4:8] += 8
+    prompt = conditioning(1)
+    known = DDPMInversion.execute(model, prompt, prompt, image, 1, "normal", 1.0, 0).args[0]
+    unread = replace(known, model=replace(known.model, weights=()))
+
+    def reports(inversion):
+        inputs = (model, prompt, prompt, inversion, inversion, 1.0, AS_SET, 0.0, 0.0, 0.0, 0.0)
+        yield KSampler.execute(*inputs).args[2]
+        yield AutoMap.execute(model, inversion, inversion, 2, 1, 0).args[1]
+        yield FindSubject.execute(model, 0.3, 0.5, "hard", 0, 1, 0, inversion=inversion).args[2]
+
+    for told, untold in zip(reports(unread), reports(known), strict=True):
+        assert told.count("not checked whether both are one checkpoint") == 1
+        assert "not checked" not in untold
+
+
+def test_weights_that_cannot_be_read_are_told_of(caplog):
+    """As quantised weights are: they hold integers."""
+    integers = small_sd15()
+    for module in integers.model.diffusion_model.modules():
+        if getattr(module, "weight", None) is not None:
+            module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    assert identify(integers).weights == ()
+    check_same(identify(integers), identify(integers), allow_other=False)
+    assert "not checked whether both are one checkpoint" in caplog.text

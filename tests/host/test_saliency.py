@@ -78,6 +78,43 @@ def test_same_as_without_the_host_on_the_demo_model(demo, house):
     assert overlap(mask[0].bool(), scenes.object_mask(house.labels)[0].bool()) > FOUND
 
 
+def test_pictures_that_do_not_fit_the_memory_together_are_looked_at_apart(model, monkeypatch):
+    given = {"latent": {"samples": latent(5)}, "prompt": EMPTY, "mode": "soft"}
+    expected, real, calls = run(model, **given)[0], model.model.apply_model, []
+
+    def small(x, *args, **kwargs):
+        if len(x) > 2:
+            raise torch.cuda.OutOfMemoryError("too big")
+        calls.append(len(x))
+        return real(x, *args, **kwargs)
+
+    monkeypatch.setattr(model.model, "apply_model", small)
+    torch.testing.assert_close(run(model, **given)[0], expected, rtol=0, atol=1e-2)
+    assert calls == [2, 2, 1]
+    single = [[EMPTY[0][0].repeat(5, 1, 1), {}]]
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        run(model, **{**given, "prompt": single})
+
+
+def test_a_preview_that_fails_does_not_lose_the_mask(model, monkeypatch):
+    given = {"latent": {"samples": latent()}, "prompt": EMPTY}
+    expected = run(model, **given)[0]
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("semantic_style.nodes.nodes_saliency.ui.PreviewImage", full)
+    mask, preview, report = run(model, **given)
+    assert torch.equal(mask, expected)
+    assert "Showing the preview failed" in report
+    assert "The preview failed" not in report
+    monkeypatch.setattr("semantic_style.nodes.nodes_saliency.overlay_subject", full)
+    mask, preview, report = run(model, **given)
+    assert torch.equal(mask, expected)
+    assert preview.shape == (1, 128, 96, 3)
+    assert "The preview failed" in report
+
+
 def test_a_mask_for_each_picture_in_pixels(model):
     both = {"samples": torch.cat([latent(), latent(seed=2)])}
     mask, preview, report = run(model, latent=both, prompt=EMPTY)

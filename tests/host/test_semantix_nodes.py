@@ -9,6 +9,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.energy_guider import EnergyGuider
+from semantic_style.host.semantix_transfer import Transfer
 from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, Replay
 from semantic_style.nodes.nodes_semantix import AS_SET, CombineEnergies, Guider, KSampler, SemantixEnergy
 from semantic_style.regions.adain import adain_latents
@@ -178,7 +179,21 @@ def test_published_weights_are_the_papers_numbers(context, reference):
     defaults = {i.id: i.default for i in KSampler.define_schema().inputs if hasattr(i, "default")}
     assert [defaults[name] for name in WEIGHTS] == [3.0, 0.9, 1.0, 3.0]
     assert defaults["cfg"] == 3.5
-    assert round(60 * defaults["adain_start"]) == 20
+
+
+@pytest.mark.parametrize("node", [KSampler, Replay])
+def test_adain_begins_after_exactly_a_third_of_any_number_of_steps(reference, node):
+    (start,) = (i.default for i in node.define_schema().inputs if i.id == "adain_start")
+    for steps in range(1, 201):
+        adain = StepAdaIN(reference, steps, start)
+        x = torch.zeros(1, 4, 8, 8)
+        acts = [adain(x, step, torch.tensor(1.0)) is not x for step in range(steps)]
+        assert acts.index(True) == adain.first == round(steps / 3), steps
+
+
+def test_other_starts_are_what_they_say(reference):
+    first = {start: StepAdaIN(reference, 1000, start).first for start in (0.0, 0.25, 0.32, 0.34, 0.67, 1.0)}
+    assert first == {0.0: 0, 0.25: 250, 0.32: 320, 0.34: 340, 0.67: 667, 1.0: 1000}
 
 
 def test_a_preset_gives_the_picture_of_its_numbers(model, context, reference):
@@ -204,6 +219,26 @@ def test_a_range_without_steps_is_said(model, context, reference):
     assert "changed nothing" not in report
     assert "4 guided steps" in report
     assert not torch.equal(plot, empty)
+
+
+def test_what_fails_after_sampling_does_not_lose_the_latent(model, context, reference, monkeypatch, caplog):
+    expected, _, report = transfer(model, context, reference)
+
+    def broken(*_):
+        raise OSError("cannot open resource")
+
+    monkeypatch.setattr("PIL.ImageFont.load_default", broken)
+    out, plot, told = transfer(model, context, reference)
+    assert torch.equal(out, expected)
+    assert plot.shape == (1, 600, 900, 3)
+    assert told.splitlines()[0] == report.splitlines()[0]
+    assert told.endswith("\nThe plot failed (OSError: cannot open resource); the rest of the result is complete.")
+    monkeypatch.setattr(Transfer, "describe", broken)
+    out, _, told = transfer(model, context, reference)
+    assert torch.equal(out, expected)
+    assert "The report failed (OSError: cannot open resource)" in told
+    assert "The plot failed" in caplog.text
+    assert "The report failed" in caplog.text
 
 
 def test_the_report_names_what_makes_it_an_edit(model, context, reference):

@@ -221,6 +221,42 @@ def test_a_run_that_fails_keeps_what_was_learnt(model, clip, embeddings):
     assert torch.equal(stock(model, clip), before)
 
 
+def test_what_fails_after_learning_does_not_lose_the_word(model, clip, embeddings, monkeypatch, caplog):
+    expected, name, _ = run_node(model, clip)
+    assert name == "embedding:spin"
+
+    class OutOfMemory:
+        def decode(self, _):
+            raise RuntimeError("no memory left")
+
+    conditioning, name, report = run_node(model, clip, vae=OutOfMemory())
+    assert name == "embedding:spin_2"
+    assert report.shape == (1, 600, 900, 3)
+    assert torch.equal(conditioning[0][0], expected[0][0])
+    assert "The report failed (RuntimeError: no memory left)" in caplog.text
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("semantic_style.nodes.nodes_embedding.save_embedding", full)
+    conditioning, name, _ = run_node(model, clip)
+    assert torch.equal(conditioning[0][0], expected[0][0])
+    assert name == "", "no prompt shall name what is not there"
+    assert "Saving embedding:spin failed" in caplog.text
+    assert len(list(embeddings.iterdir())) == 2
+
+
+def test_a_cancelled_run_that_cannot_be_saved_is_a_cancelled_run(model, clip, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("semantic_style.nodes.nodes_embedding.save_embedding", full)
+    cancelling = counting(model, [], lambda n: n == 4 and comfy.model_management.interrupt_current_processing())
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run_node(cancelling, clip, steps=50, name="mine")
+    assert "Saving what was learnt failed" in caplog.text
+
+
 def test_a_run_cancelled_at_once_leaves_no_file(model, clip, embeddings):
     cancelling = counting(model, [], lambda n: comfy.model_management.interrupt_current_processing())
     with pytest.raises(comfy.model_management.InterruptProcessingException):
@@ -320,6 +356,33 @@ def test_flow_models_and_motion_modules_are_refused(model, clip):
     moving.set_injections("motion", [comfy.model_patcher.PatcherInjection(lambda _: None, lambda _: None)])
     with pytest.raises(ValueError, match="AnimateDiff"):
         run_node(moving, clip)
+
+
+def test_of_several_folders_the_first_that_can_be_written_is_taken(model, clip, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    folders = [tmp_path / "file", tmp_path / "mine", tmp_path / "other"]
+    paths = ([str(folder) for folder in folders], set())
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", paths)
+    assert run_node(model, clip)[1] == "embedding:spin"
+    assert [f.name for f in folders[1].iterdir()] == ["spin.safetensors"]
+    assert not folders[2].exists()
+
+
+def test_overwriting_replaces_the_file_where_it_is(model, clip, embeddings, monkeypatch):
+    (embeddings / "below").mkdir()
+    (embeddings / "below" / "spin.safetensors").write_bytes(b"old")
+    assert run_node(model, clip, overwrite=True)[1] == "embedding:spin"
+    assert [f.name for f in embeddings.iterdir()] == ["below"], "or a prompt would find either"
+    assert (embeddings / "below" / "spin.safetensors").read_bytes() != b"old"
+
+    def open_elsewhere(path, *_):
+        if path.name == "spin.safetensors":
+            raise PermissionError(13, "being used by another process")
+        path.write_bytes(b"new")
+
+    monkeypatch.setattr("semantic_style.nodes.nodes_embedding.save_embedding", open_elsewhere)
+    assert run_node(model, clip, overwrite=True)[1] == "embedding:spin_2"
+    assert (embeddings / "spin_2.safetensors").read_bytes() == b"new"
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_run(model, clip, tmp_path, monkeypatch):

@@ -90,12 +90,20 @@ def test_what_is_taken_for_a_mask():
     assert as_mask(random(2, 3, 4)).dtype == torch.float64
     blurred = torch.tensor([[[-0.0005, 0.5, 1.0005]]])
     assert torch.equal(as_mask(blurred), torch.tensor([[[0.0, 0.5, 1.0]]]))
+    hard = torch.zeros(1, 1, 9, 9)
+    hard[..., 3:, 3:] = 1
+    bicubic = torch.nn.functional.interpolate(hard, scale_factor=4, mode="bicubic")
+    assert bicubic.max() > 1.15
+    assert torch.equal(as_mask(bicubic), bicubic[:, 0].clamp(0, 1))
+    assert not as_mask(torch.zeros(2, 1, 4, 5), may_be_empty=True).any()
 
 
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.zeros(1, 1, 4, 4), r"must be \[B, H, W\]"),
+        (torch.ones(1, 2, 4, 4), r"must be \[B, H, W\]"),
+        (torch.ones(1, 1, 1, 4, 4), r"must be \[B, H, W\]"),
+        (torch.ones(4), r"must be \[B, H, W\]"),
         (torch.zeros(0, 4, 4), r"must be \[B, H, W\]"),
         ("white", "got str"),
         (torch.tensor([[0.0, math.nan]]), "not finite"),

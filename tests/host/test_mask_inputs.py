@@ -1,0 +1,115 @@
+"""Every node's mask input takes masks in every shape that nodes give them in."""
+
+import asyncio
+
+import folder_paths
+import pytest
+import torch
+from comfy_api.latest import io
+from semantic_style.benchmarks.random_models import conditioning, small_sd15
+from semantic_style.benchmarks.text_models import small_clip
+from semantic_style.nodes import SemanticStyleExtension
+from semantic_style.nodes.nodes_embedding import SpinEmbedding
+from semantic_style.nodes.nodes_inversion import DDPMInversion
+from semantic_style.nodes.nodes_maps import MapFromMasks
+from semantic_style.nodes.nodes_semantix import AS_SET, KSampler
+from semantic_style.nodes.nodes_spin import ApplySpin, KeepBackground, SpinStyleEnergy
+
+pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
+
+PROMPT, EMPTY = conditioning(1), conditioning(2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.inference_mode():
+        return small_sd15()
+
+
+@pytest.fixture(scope="module")
+def inversion(model):
+    image = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
+    return DDPMInversion.execute(model, PROMPT, EMPTY, image, 2, "normal", 1.0, 0).args[0]
+
+
+@pytest.fixture(autouse=True)
+def embeddings(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "embeddings", ([str(tmp_path)], {".safetensors"}))
+
+
+def half():
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 32:] = 1
+    return mask
+
+
+def embedding(mask, model, inversion):
+    out = SpinEmbedding.execute(
+        model, small_clip("sd1"), "house", 1, 2, 1e-2, 1, 0, "it", None, inversion, saliency=mask
+    )
+    return out.result[0][0][0]
+
+
+def from_masks(mask, model, inversion):
+    return MapFromMasks.execute([mask, 1 - mask], [half(), 1 - half()], ["auto"]).result[0].content
+
+
+def from_style_masks(mask, model, inversion):
+    return MapFromMasks.execute([half(), 1 - half()], [mask, 1 - mask], ["auto"]).result[0].style
+
+
+def restyled(mask, model, inversion):
+    weights = (1.0, AS_SET, 3.0, 0.9, 0.0, 0.0)
+    return KSampler.execute(model, PROMPT, EMPTY, inversion, inversion, *weights, mask=mask).result[0]["samples"]
+
+
+def spun(mask, model, inversion):
+    patched = ApplySpin.execute(model, PROMPT, EMPTY, mask, 1.0, 0.0, 1.0, 0).result[0]
+    (wrapper,) = patched.get_wrappers("outer_sample", "semantic_style_spin")
+    return wrapper.spin.mask
+
+
+def energy(mask, model, inversion):
+    return SpinStyleEnergy.execute(inversion, mask, 1.0, 0.0, 1.0).result[0].terms[0].mask
+
+
+def pasted(mask, model, inversion):
+    return KeepBackground.execute(torch.ones(1, 64, 64, 3), torch.zeros(1, 64, 64, 3), mask, 2).result[0]
+
+
+INPUTS = {
+    ("SemanticStyleSpinEmbedding", "saliency"): embedding,
+    ("SemanticStyleMapFromMasks", "content"): from_masks,
+    ("SemanticStyleMapFromMasks", "style"): from_style_masks,
+    ("SemanticStyleKSampler", "mask"): restyled,
+    ("SemanticStyleApplySpin", "mask"): spun,
+    ("SemanticStyleSpinStyleEnergy", "mask"): energy,
+    ("SemanticStyleKeepBackground", "mask"): pasted,
+}
+
+
+def test_these_are_all_mask_inputs():
+    nodes = asyncio.run(SemanticStyleExtension().get_node_list())
+    schemas = [node.define_schema() for node in nodes]
+    found = {(s.node_id, i.id) for s in schemas for i in s.inputs if isinstance(i, io.Mask.Input)}
+    assert found == set(INPUTS)
+
+
+@pytest.mark.parametrize("use", INPUTS.values(), ids=lambda use: use.__name__)
+def test_a_mask_with_a_channel_axis_or_without_batch_is_the_same(use, model, inversion):
+    """[B, 1, H, W] is what the host's RemoveBackground gives."""
+    mask = half()
+    expected = use(mask, model, inversion)
+    for same in (mask[:, None], mask[0], mask.half()):
+        assert torch.equal(use(same, model, inversion), expected)
+
+
+@pytest.mark.parametrize("use", INPUTS.values(), ids=lambda use: use.__name__)
+def test_what_is_no_mask_is_named(use, model, inversion):
+    for bad, message in (
+        (torch.ones(1, 64, 64, 3), r"must be \[B, H, W\]"),
+        (half() * 255, r"scale it to 0..1"),
+        (half() * torch.nan, "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use(bad, model, inversion)
