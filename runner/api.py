@@ -26,7 +26,11 @@ BUSY = (429, 503)
 GONE = (502, 504)
 
 
-class ServerGoneError(RuntimeError):
+class ApiError(RuntimeError):
+    """A server did not do what it was asked."""
+
+
+class ServerGoneError(ApiError):
     """The server ended or cannot be reached; `refused` if nobody listens at its address."""
 
     def __init__(self, message: str, refused: bool = False) -> None:
@@ -34,11 +38,11 @@ class ServerGoneError(RuntimeError):
         self.refused = refused
 
 
-class ServerBusyError(RuntimeError):
+class ServerBusyError(ApiError):
     """The server takes no more for now."""
 
 
-class AnswerError(RuntimeError):
+class AnswerError(ApiError):
     """The server answered with something else than was asked for; `status` is HTTP's."""
 
     def __init__(self, message: str, status: int = 0) -> None:
@@ -192,11 +196,11 @@ class Api:
         try:
             yield
         except aiohttp.WSServerHandshakeError as error:
-            raise _wrong_status(self.name, error.status, error.message) from error
+            raise _wrong_status(self.name, error.status, "GET", error.message) from error
         except aiohttp.ClientConnectorError as error:
             refused = isinstance(error.os_error, ConnectionRefusedError)
             raise ServerGoneError(f"no ComfyUI answers at {self.name}: {error.os_error}", refused) from error
-        except asyncio.TimeoutError as error:  # noqa: UP041  (its own class in Python 3.10)
+        except asyncio.TimeoutError as error:
             raise ServerGoneError(f"ComfyUI at {self.name} does not answer within {self.seconds:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerGoneError(f"ComfyUI at {self.name} does not answer: {error!r}") from error
@@ -207,7 +211,7 @@ class Api:
             url = self.base.joinpath(path.lstrip("/"))
             async with self._open.request(method, url, allow_redirects=False, **options) as answer:
                 if answer.status != 200:
-                    raise _wrong_status(self.name, answer.status, await answer.text(errors="replace"))
+                    raise _wrong_status(self.name, answer.status, method, await answer.text(errors="replace"))
                 yield answer
 
     async def _bytes(self, method: str, path: str, **options: Any) -> bytes:
@@ -222,11 +226,11 @@ class Api:
             raise AnswerError(f"{self.name}{path} does not answer like ComfyUI: {content[:80]!r}") from error
 
 
-def _wrong_status(name: str, status: int, text: str) -> RuntimeError:
+def _wrong_status(name: str, status: int, method: str, text: str) -> ApiError:
     if status in BUSY:
         return ServerBusyError(f"{name} takes no more for now (HTTP {status})")
-    if status in GONE:
-        return ServerGoneError(f"nothing answers behind {name} (HTTP {status})")
+    if status in GONE or (status >= 500 and method == "GET"):
+        return ServerGoneError(f"{name} does not work (HTTP {status})")
     if status == 400:
         return AnswerError(text, status)
     hint = {401: ": it asks for credentials (--header)", 403: ": access denied", 413: ": the file is too big for it"}

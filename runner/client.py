@@ -106,7 +106,7 @@ class Client:
                 raise TimeoutError(f"the graph did not end within {timeout:.0f} s")
             try:
                 message = await asyncio.wait_for(self._receive(), MESSAGE_SECONDS)
-            except asyncio.TimeoutError:  # noqa: UP041  (its own class in Python 3.10)
+            except asyncio.TimeoutError:
                 ended = bool(await self._api.history(prompt_id))
             else:
                 if message.data.get("prompt_id") == prompt_id:
