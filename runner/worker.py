@@ -146,8 +146,9 @@ class Worker:
         self.trouble = asyncio.get_running_loop().create_future()
         reading = asyncio.ensure_future(self._read(receive))
         taking = asyncio.ensure_future(self._take())
+        ends: set[asyncio.Future[Any]] = {reading, taking, self.trouble}
         try:
-            await asyncio.wait({reading, taking, self.trouble}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self.trouble.done():
                 raise self.trouble.result()
             for work in (taking, reading):
@@ -342,10 +343,10 @@ class Worker:
                 self._fail(error)
                 continue
             if time.monotonic() - run.sign > settings.stall:
-                error = LostError(f"no progress for {settings.stall:g} s on {self.api.name}", counts=True)
+                stalled = LostError(f"no progress for {settings.stall:g} s on {self.api.name}", counts=True)
                 self.forsaken.add(run.prompt)
-                self._fail(ServerGoneError(str(error)))
-                raise error
+                self._fail(ServerGoneError(str(stalled)))
+                raise stalled
 
     async def _look(self, run: Run) -> dict[str, Any] | None:
         """Ask the server about a run of which nothing was heard, or that has ended; its history entry if it has."""
