@@ -79,18 +79,24 @@ class _Conversion:
         self.top = _scope(workflow)
 
     def graph(self) -> Graph:
-        graph: Graph = {}
-        for scope, node in self._active(self.top, ()):
-            graph[scope.id_of(node)] = {
+        active = list(self._active(self.top, ()))
+        self._raise_problems()
+        graph: Graph = {
+            scope.id_of(node): {
                 "inputs": self._inputs(scope, node),
                 "class_type": node["type"],
                 "_meta": {"title": node.get("title") or self._display_name(node["type"])},
             }
-        if self.problems:
-            raise ConversionError("\n".join(dict.fromkeys(self.problems)))
+            for scope, node in active
+        }
+        self._raise_problems()
         for node in graph.values():
             node["inputs"] = {k: v for k, v in node["inputs"].items() if not _is_link(v) or v[0] in graph}
         return graph
+
+    def _raise_problems(self) -> None:
+        if self.problems:
+            raise ConversionError("\n".join(dict.fromkeys(self.problems)))
 
     def _active(self, scope: Scope, above: tuple[str, ...]) -> Iterator[tuple[Scope, dict[str, Any]]]:
         """The nodes that the server runs, with the scopes they are in."""
@@ -205,7 +211,7 @@ class _Conversion:
         if name == "SetNode":
             return self._input(scope, node, 0, kind, seen)
         if name in self.subgraphs:
-            inner = self.inner.get(scope.id_of(node)) or self._inside(scope, node)
+            inner = self.inner[scope.id_of(node)]
             link = inner.outputs.get(slot)
             if link is None:
                 return None

@@ -194,7 +194,8 @@ class Worker:
                 return
             self._start(self._do(job, self.slots))
             if self.batch.alone:
-                await asyncio.gather(*self.tasks)
+                # Not `gather`: cancelled, it would cancel the job.
+                await asyncio.wait(self.tasks)
 
     def _start(self, work) -> None:
         task = asyncio.ensure_future(work)

@@ -1,6 +1,6 @@
 """A stand-in for ComfyUI's server: its API on graphs that cost nothing, and every fault of one on request.
 
-In a process of its own: python tests/stub_comfy.py [--seconds S]; it prints its address.
+In a process of its own: python tests/stub_comfy.py [--seconds S] [--token T]; it prints its address.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Faults:
     cut_socket: float = 0.0  # the websocket closes during a run
     hang: float = 0.0  # a run never ends, unless it is interrupted
     memory: float = 0.0  # a run fails for want of memory
+    starved: set[str] = field(default_factory=set)  # those that failed so, which then have enough
     restart: float = 0.0  # the server dies during a run and comes back without queue, history and uploads
 
 
@@ -162,7 +163,7 @@ class Stub:
                 web.post("/free", self._free),
             ]
         )
-        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01)
         await self.runner.setup()
         await web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True).start()
 
@@ -201,7 +202,9 @@ class Stub:
         return answer
 
     async def _info(self, request: web.Request) -> web.Response:
-        return web.json_response({"exec_info": {"queue_remaining": len(self.pending)}, "system": {}})
+        return web.json_response(
+            {"exec_info": {"queue_remaining": len(self.pending)}, "system": {}, "executed": self.executed}
+        )
 
     async def _object_info(self, request: web.Request) -> web.Response:
         return web.json_response(self.definitions)
@@ -350,14 +353,16 @@ class Stub:
         pictures = [self.inputs.get(str(node["inputs"].get("image")), b"") for node in prompt.values()]
         if b"corrupt" in pictures or "fail" in texts:
             return "execution_error", {**where, "exception_type": "OSError", "exception_message": "broken picture"}
-        if self._chance(self.faults.memory) or "memory" in texts:
+        unlucky = self._chance(self.faults.memory) and str(texts) not in self.faults.starved
+        if unlucky or "memory" in texts:
+            self.faults.starved.add(str(texts))
             kind = "torch.OutOfMemoryError"
             return "execution_error", {**where, "exception_type": kind, "exception_message": "Allocation failed"}
         return None
 
 
-async def _serve(seconds: float) -> None:
-    async with Stub(seconds=seconds) as stub:
+async def _serve(seconds: float, token: str | None) -> None:
+    async with Stub(seconds=seconds, token=token) as stub:
         print(stub.address, flush=True)  # noqa: T201
         await asyncio.sleep(3600)
 
@@ -365,4 +370,6 @@ async def _serve(seconds: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=0.0)
-    asyncio.run(_serve(parser.parse_args().seconds))
+    parser.add_argument("--token")
+    options = parser.parse_args()
+    asyncio.run(_serve(options.seconds, options.token))
