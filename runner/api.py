@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import uuid
@@ -76,17 +77,19 @@ class Api:
         url = URL(address if "://" in address else f"http://{address}")
         if url.scheme not in ("http", "https") or not url.host:
             raise ValueError(f"a server is host:port or a URL with http or https, not {address!r}")
-        self.auth = aiohttp.BasicAuth(url.user, url.password or "") if url.user else None
         self.base = url.with_user(None).with_query(None).with_fragment(None)
         self.name = str(self.base).removeprefix("http://").rstrip("/")
         self.headers = dict(headers or {})
+        if url.user:
+            pair = base64.b64encode(f"{url.user}:{url.password or ''}".encode()).decode()
+            self.headers.setdefault("Authorization", f"Basic {pair}")
         self.client_id = client_id or uuid.uuid4().hex
         self.seconds = seconds
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Api:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self.seconds, sock_read=self.seconds)
-        self._session = aiohttp.ClientSession(headers=self.headers, auth=self.auth, timeout=timeout)
+        self._session = aiohttp.ClientSession(headers=self.headers, timeout=timeout)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
