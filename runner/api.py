@@ -9,8 +9,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import aiohttp
 from yarl import URL
@@ -18,6 +17,8 @@ from yarl import URL
 from .graph import Graph, GraphError, refusal
 
 HTTP_SECONDS = 30.0
+# The folder of the server's inputs that uploaded files go into.
+UPLOADS = "semantic_style_batch"
 # A connection that is only waited on is asked for a sign of life that often.
 HEARTBEAT_SECONDS = 60.0
 CLOSE_SECONDS = 1.0
@@ -145,12 +146,11 @@ class Api:
         """What the server knows of every node, by node class."""
         return await self._json("GET", "/object_info")
 
-    async def upload(self, file: Path, name: str, folder: str) -> str:
+    async def upload(self, content: BinaryIO, name: str, folder: str) -> str:
         """Upload a file into a folder of the server's inputs; gives back what a node's input has to say to load it."""
-        with open(file, "rb") as content:
-            form = aiohttp.FormData({"type": "input", "subfolder": folder})
-            form.add_field("image", content, filename=name)
-            answer = await self._json("POST", "/upload/image", data=form)
+        form = aiohttp.FormData({"type": "input", "subfolder": folder})
+        form.add_field("image", content, filename=name)
+        answer = await self._json("POST", "/upload/image", data=form)
         return "/".join(part for part in (answer.get("subfolder"), answer["name"]) if part)
 
     async def view(self, entry: Mapping[str, str], write: Callable[[bytes], object]) -> None:

@@ -8,12 +8,14 @@ import io
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from PIL import Image
-
-from .api import Api, Message, ServerGoneError
+from .api import UPLOADS, Api, Message, ServerGoneError
 from .graph import Graph, Progress, Tracker, raise_failure
+from .outputs import made_files
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # How long to wait for a message before asking the server's history whether one was missed.
 MESSAGE_SECONDS = 2.0
@@ -57,16 +59,23 @@ class Client:
             self._loop = None
 
     def run(
-        self, graph: Graph, *, progress: Callable[[Progress], None] | None = None, timeout: float | None = None
+        self,
+        graph: Graph,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        timeout: float | None = None,
+        stall: float | None = None,
     ) -> Result:
         """Queue `graph` (API format) and wait for its end, with a call of `progress` at every message about it.
 
         Raises `GraphError` when the server refuses the graph or a node fails, `GraphInterrupted` when somebody
-        interrupts it, `TimeoutError` after `timeout` seconds (the run is then interrupted), `ServerGoneError`.
+        interrupts it, `TimeoutError` after `timeout` seconds, or after `stall` seconds without a message about it (the
+        run is then interrupted), `ServerGoneError`.
         """
         prompt_id = self._wait(self._api.queue(graph))
         try:
-            return self._wait(self._follow(prompt_id, Tracker(graph, progress or (lambda _: None)), timeout))
+            tracker = Tracker(graph, progress or (lambda _: None))
+            return self._wait(self._follow(prompt_id, tracker, timeout, stall))
         except (KeyboardInterrupt, TimeoutError):
             self._wait(self._api.drop([prompt_id]))
             raise
@@ -83,11 +92,30 @@ class Client:
             if output.get("images")
         }
 
+    def files(self, result: Result, graph: Graph, previews: bool = False) -> list[tuple[str, str, bytes]]:
+        """The files that a run made, as label, ending and content; see `outputs.made_files`."""
+        found = []
+        for made in made_files({"outputs": result.outputs}, graph, previews):
+            content = io.BytesIO()
+            self._wait(self._api.view(made.entry, content.write))
+            found.append((made.label, made.suffix, content.getvalue()))
+        return found
+
+    def upload(self, content: bytes, name: str) -> str:
+        """Upload a file; gives back what a node's input has to say to load it."""
+        return self._wait(self._api.upload(io.BytesIO(content), name, UPLOADS))
+
+    def free(self) -> None:
+        """Have the server give back its memory before the next run."""
+        self._wait(self._api.free())
+
     def object_info(self) -> dict[str, dict[str, Any]]:
         """What the server knows of every node, by node class."""
         return self._wait(self._api.object_info())
 
     def _image(self, entry: dict[str, str]) -> Image.Image:
+        from PIL import Image
+
         content = io.BytesIO()
         self._wait(self._api.view(entry, content.write))
         image = Image.open(content)
@@ -98,18 +126,22 @@ class Client:
         await self._stack.enter_async_context(self._api)
         self._receive = await self._stack.enter_async_context(self._api.messages())
 
-    async def _follow(self, prompt_id: str, tracker: Tracker, timeout: float | None) -> Result:
+    async def _follow(self, prompt_id: str, tracker: Tracker, timeout: float | None, stall: float | None) -> Result:
         deadline = None if timeout is None else time.monotonic() + timeout
+        sign = time.monotonic()
         ended = False
         while not ended:
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"the graph did not end within {timeout:.0f} s")
+            if stall is not None and time.monotonic() - sign > stall:
+                raise TimeoutError(f"no progress for {stall:g} s")
             try:
                 message = await asyncio.wait_for(self._receive(), MESSAGE_SECONDS)
             except asyncio.TimeoutError:
                 ended = bool(await self._api.history(prompt_id))
             else:
                 if message.data.get("prompt_id") == prompt_id:
+                    sign = time.monotonic()
                     ended = tracker.take(message.kind, message.data)
         for _ in range(HISTORY_TRIES):
             if entry := await self._api.history(prompt_id):

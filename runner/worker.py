@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .api import AnswerError, Api, ApiError, Message, ServerBusyError, ServerGoneError
+from .api import UPLOADS, AnswerError, Api, ApiError, Message, ServerBusyError, ServerGoneError
 from .check import problems
 from .graph import Graph, GraphError, GraphInterrupted, Tracker, raise_failure
 from .jobs import Job
@@ -19,7 +19,6 @@ from .journal import FAILED, LOST
 from .outputs import Fetched, PartFile, made_files, part_name
 from .scheduler import Batch, upload_name
 
-FOLDER = "semantic_style_batch"
 # Fetching what ended jobs made goes on beside the next ones.
 FETCHES = 4
 FETCH_TRIES = 10
@@ -245,12 +244,16 @@ class Worker:
         """What the server calls a file, which it gets once for each content."""
         digest = self.batch.journal.digest(path)
         if digest not in self.uploads:
-            self.uploads[digest] = asyncio.ensure_future(self.api.upload(path, upload_name(path, digest), FOLDER))
+            self.uploads[digest] = asyncio.ensure_future(self._send_file(path, upload_name(path, digest)))
         try:
             return await asyncio.shield(self.uploads[digest])
         except Exception:
             self.uploads.pop(digest, None)
             raise
+
+    async def _send_file(self, path: Path, name: str) -> str:
+        with open(path, "rb") as content:
+            return await self.api.upload(content, name, UPLOADS)
 
     def _new_run(self, job: Job, prompt: str, graph: Graph) -> Run:
         run = Run(job, prompt, graph, Tracker(graph, lambda progress: self.batch.report.progress(job, progress)))
