@@ -71,6 +71,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     how = parser.add_argument_group("running")
     how.add_argument("--out", type=Path, metavar="FOLDER", help="outputs and journal; default: the workflow's name")
+    how.add_argument(
+        "--only", action="append", default=[], metavar="TITLE", help="fetch what this node makes, no other"
+    )
     how.add_argument("--previews", action="store_true", help="also fetch what preview nodes show")
     defaults = Settings()
     how.add_argument("--ahead", type=int, default=defaults.ahead, help="jobs in each server's queue (%(default)s)")
@@ -130,10 +133,7 @@ async def run(options: argparse.Namespace, file: Any, addresses: Sequence[str], 
         todo = journal.begin(jobs)
         print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them done before; outputs in {folder}", flush=True)
         with Bar(len(jobs), len(jobs) - len(todo)) as bar:
-            settings = Settings(
-                options.ahead, options.tries, options.stall, wait=options.wait, previews=options.previews
-            )
-            batch = Batch(workflow, journal, bar, settings)
+            batch = Batch(workflow, journal, bar, settings_of(options))
             stopped = None
             try:
                 await batch.run(apis, todo)
@@ -154,6 +154,9 @@ def plan(
     jobs, same = make_jobs(workflow, request, definitions, journal.digest if journal else hash_of_file)
     if same:
         print(f"{same} jobs are the same as others and left out")
+    titles = {node_title(workflow, node) for node in workflow}
+    if unknown := [title for title in options.only if title not in titles]:
+        raise RefusedError(f"--only {unknown[0]!r}: no node has that title; there are: {', '.join(sorted(titles))}")
     found: dict[str, list[str]] = {}
     for name, its_own in known.items():
         for problem in problems(workflow, jobs, its_own):
@@ -179,6 +182,17 @@ def finish(journal: Journal, jobs: Sequence[Job], stopped: str | None) -> int:
     if stopped == "Interrupted":
         return INTERRUPTED
     return ALL_DONE if done == len(rows) else SOME_LEFT
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    return Settings(
+        ahead=options.ahead,
+        tries=options.tries,
+        stall=options.stall,
+        wait=options.wait,
+        previews=options.previews,
+        only=tuple(options.only),
+    )
 
 
 def out_folder(options: argparse.Namespace) -> Path:

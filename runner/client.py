@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import io
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,10 +92,12 @@ class Client:
             if output.get("images")
         }
 
-    def files(self, result: Result, graph: Graph, previews: bool = False) -> list[tuple[str, str, bytes]]:
+    def files(
+        self, result: Result, graph: Graph, previews: bool = False, only: Collection[str] = ()
+    ) -> list[tuple[str, str, bytes]]:
         """The files that a run made, as label, ending and content; see `outputs.made_files`."""
         found = []
-        for made in made_files({"outputs": result.outputs}, graph, previews):
+        for made in made_files({"outputs": result.outputs}, graph, previews, only):
             content = io.BytesIO()
             self._wait(self._api.view(made.entry, content.write))
             found.append((made.label, made.suffix, content.getvalue()))

@@ -56,7 +56,7 @@ def _run(options: argparse.Namespace, file: Any, journal: Journal) -> int:
     gpus = int(ray.cluster_resources().get("GPU", 0))
     by_gpu = options.cpus is None and gpus > 0
     resources: dict[str, float] = {"num_gpus": 1} if by_gpu else {"num_cpus": options.cpus or 1}
-    settings = Settings(options.ahead, options.tries, options.stall, wait=options.wait, previews=options.previews)
+    settings = batch.settings_of(options)
     crew = Crew(options.actors or gpus or 1, resources, settings)
     workflow, jobs = batch.plan(options, file, {"the cluster": crew.definitions()}, journal)
     todo = journal.begin(jobs)
@@ -87,7 +87,9 @@ class Crew:
         self.settings = settings
         # Ray starts an actor again, anywhere, whose process or machine has ended, and repeats its calls.
         remote = ray.remote(**resources, max_restarts=-1, max_task_retries=settings.tries - 1)(actor_class())
-        self.actors = [remote.remote(str(ROOT), server, settings.stall, settings.previews) for _ in range(count)]
+        self.actors = [
+            remote.remote(str(ROOT), server, settings.stall, settings.previews, settings.only) for _ in range(count)
+        ]
         self._joining = {actor.ready.remote(): actor for actor in self.actors}
         self._there: list[Any] = []
         self._contents: OrderedDict[str, Any] = OrderedDict()
@@ -219,7 +221,7 @@ def actor_class() -> type:
     """The class of actors. Made in a function so that Ray sends its code, and a worker need not have it."""
 
     class Actor:
-        def __init__(self, pack: str, server: Server | None, stall: float, previews: bool) -> None:
+        def __init__(self, pack: str, server: Server | None, stall: float, previews: bool, only: Sequence[str]):
             import contextlib
             import importlib
             import importlib.util
@@ -233,7 +235,7 @@ def actor_class() -> type:
                 importlib.import_module("run").load_pack()
             farm = importlib.import_module("semantic_style.runner.farm")
             client = importlib.import_module("semantic_style.runner.client")
-            self.stall, self.previews = stall, previews
+            self.stall, self.previews, self.only = stall, previews, only
             self.stack = contextlib.ExitStack()
             if server is not None:
                 address = self.stack.enter_context(server())
@@ -265,7 +267,7 @@ def actor_class() -> type:
                 if alone:
                     self.client.free()
                 result = self.client.run(graph, stall=self.stall)
-                return {"files": self.client.files(result, graph, self.previews)}
+                return {"files": self.client.files(result, graph, self.previews, self.only)}
             except GraphError as error:
                 return {"failure": str(error), "memory": error.out_of_memory}
             except (GraphInterrupted, AnswerError) as error:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,13 @@ class Fetched:
     size: int
 
 
-def made_files(entry: Mapping[str, Any], graph: Graph, previews: bool) -> list[Made]:
+def made_files(
+    entry: Mapping[str, Any], graph: Graph, previews: bool = False, only: Collection[str] = ()
+) -> list[Made]:
     """The files that a history entry tells of, numbered for each node title, in order of node ids.
 
-    Previews are left out unless `previews` is set, or there is nothing else.
+    Those of the nodes with a title in `only`, if that is given. Else all, but previews only if `previews` is set, or
+    there is nothing else.
     """
     found = []
     for node_id, output in sorted((entry.get("outputs") or {}).items(), key=lambda item: _order(item[0])):
@@ -51,9 +54,12 @@ def made_files(entry: Mapping[str, Any], graph: Graph, previews: bool) -> list[M
                 if isinstance(file, dict) and isinstance(file.get("filename"), str) and file["filename"]:
                     found.append((node_id, file))
     saved = [(node_id, file) for node_id, file in found if file.get("type") != "temp"]
+    wanted = found if previews or not saved else saved
+    if only:
+        wanted = [(node_id, file) for node_id, file in found if node_title(graph, node_id) in only]
     counts: Counter[str] = Counter()
     made = []
-    for node_id, file in found if previews or not saved else saved:
+    for node_id, file in wanted:
         label = slug(node_title(graph, node_id))
         counts[label] += 1
         ending = EXTENSION.search(file["filename"])

@@ -38,7 +38,9 @@ class Settings:
     grace: float = 30.0
     # How long to wait when there is no server at all.
     wait: float = 600.0
+    # What is fetched: see `outputs.made_files`.
     previews: bool = False
+    only: tuple[str, ...] = ()
 
 
 class Report(Protocol):

@@ -374,7 +374,8 @@ class Worker:
 
     async def _fetch(self, run: Run, entry: dict[str, Any]) -> list[Fetched]:
         files = []
-        for number, made in enumerate(made_files(entry, run.graph, self.batch.settings.previews)):
+        settings = self.batch.settings
+        for number, made in enumerate(made_files(entry, run.graph, settings.previews, settings.only)):
             with PartFile(self.batch.journal.folder, part_name(run.job.key, number)) as part:
                 await self.api.view(made.entry, part.write)
             files.append(part.fetched(f"{run.job.name}_{made.label}{made.suffix}"))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -191,3 +192,54 @@ def test_sixty_jobs_with_a_server_killed_in_the_middle(
     used = dict(base.execute("SELECT server, count(*) FROM attempts WHERE state = 'done' GROUP BY server"))
     base.close()
     assert used.keys() == {comfy_server.address, doomed.address}
+
+
+def recipes() -> list[list[str]]:
+    """The commands of docs/batch.md."""
+    text = (ROOT / "docs" / "batch.md").read_text(encoding="utf-8")
+    lines = re.findall(r"```sh\n(python tools/run.py batch .*)\n```", text)
+    return [shlex.split(line)[3:] for line in lines]
+
+
+def on_the_demo_model(workflow: dict[str, Any]) -> dict[str, Any]:
+    """A workflow for SD1.5 with the demo model in the checkpoint's place."""
+    for node in workflow["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            node |= {"type": "SemanticStylePaperlandModel", "inputs": [], "widgets_values": ["fp32"]}
+        elif node["type"] == "CLIPTextEncode":
+            node["type"] = "SemanticStylePaperlandEncode"
+            node["inputs"][1] |= {"name": "caption", "widget": {"name": "caption"}}
+    return workflow
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_recipes_of_the_docs(
+    number: int, comfy_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, definitions: dict[str, Any]
+) -> None:
+    """Word by word; with the demo model, few steps and small pictures."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("workflows", "photos", "styles"):
+        Path(folder).mkdir()
+    for index, name in enumerate(["photos/a.jpg", "photos/b.jpg", "styles/c.jpg", "styles/d.jpg", "style.jpg"]):
+        noise = np.random.default_rng(index).integers(0, 255, (9, 12, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((160, 120)).save(name)
+    table = re.search(r"```csv\n(.*?)```", (ROOT / "docs" / "batch.md").read_text(encoding="utf-8"), re.DOTALL)
+    Path("scenes.csv").write_text(table.group(1), encoding="utf-8")
+    workflow, *given = recipes()[number]
+    content = on_the_demo_model(load(Path(workflow).name))
+    Path(workflow).write_text(json.dumps(content), encoding="utf-8")
+    graph = to_api(content, definitions)
+    smaller = [f"--set={n}.steps=3" for n, node in graph.items() if "steps" in node["inputs"]]
+    sides = [(n, side) for n, node in graph.items() for side in ("width", "height") if node["inputs"].get(side) == 512]
+    smaller += [f"--set={n}.{side}=64" for n, side in sides]
+    assert batch.main([workflow, *given, *smaller, "--server", comfy_server.address]) == 0
+    made_by = {
+        "restyled": ["a_Restyled_1", "b_Restyled_1"],
+        "five_styles": ["a_c_Restyled_1", "a_d_Restyled_1", "b_c_Restyled_1", "b_d_Restyled_1"],
+        "scenes": [f"{name}_Pictures_from_the_caption_1" for name in ("night", "noon", "noon_again")],
+    }
+    out = Path(given[given.index("--out") + 1])
+    assert sorted(file.stem for file in out.glob("*.png")) == made_by[out.name]
+    contents = [np.asarray(Image.open(file)) for file in sorted(out.glob("*.png"))]
+    assert all(picture.std() > 5 for picture in contents)
+    assert not np.array_equal(contents[0], contents[1])

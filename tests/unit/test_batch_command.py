@@ -95,6 +95,9 @@ def test_what_is_wrong_is_said_before_the_first_job(folder: Path, server: str) -
     assert ran.returncode == 2
     assert "3.0 is not between 0.0 and 2.0 (jobs: p00_3.0, p01_3.0, p02_3.0 and 17 more)" in ran.stderr
     assert pictures(folder) == set()
+    ran = run(folder, "--only", "Saved", "--server", server)
+    assert ran.returncode == 2
+    assert "--only 'Saved': no node has that title; there are: Load, Save it, Work" in ran.stderr
 
 
 def test_a_failed_job_makes_the_exit_code(folder: Path, server: str) -> None:

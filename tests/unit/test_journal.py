@@ -168,6 +168,7 @@ def test_what_is_fetched_and_how_it_is_called() -> None:
         "SaveVideo_1.mp4",
     ]
     assert len(made_files(history, GRAPH, previews=True)) == 5
+    assert [m.label for m in made_files(history, GRAPH, only=["Look", "SaveVideo"])] == ["SaveVideo_1", "Look_1"]
     only_previews = {"outputs": {"10": history["outputs"]["10"]}}
     assert [m.label for m in made_files(only_previews, GRAPH, previews=False)] == ["Look_1"]
     assert made_files({}, GRAPH, previews=True) == []
