@@ -1,14 +1,16 @@
 """What the batch runner costs: against a bare loop over ComfyUI's API, and on jobs that cost nothing.
 
-python tools/run.py benchmarks.batch_speed [--server ADDRESS] [--jobs 10] [--steps 12] [--rounds 3] [--trivial 1000]
+python tools/run.py benchmarks.batch_speed [--server ADDRESS] [--jobs 10] [--steps 4] [--rounds 3] [--trivial 1000]
 
 The first part needs ComfyUI; it is started where no server is named. Both ways run the same graphs with the same two
-jobs in the queue, alternated, and every round has seeds of its own, so that nothing comes from a cache. The second part
+jobs in the queue, alternated, and every round has seeds of its own, so that nothing comes from a cache. On a machine that
+does other things as well, how long the server stood idle between runs tells more than the seconds. The second part
 runs on the stand-in for a server that the tests use, in a process of its own. POSIX only.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import sqlite3
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +56,16 @@ def batch(workflow: Path, server: str, over: str, out: Path) -> Cost:
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
+def idle(server: str, jobs: int) -> float:
+    """Share of the time that the server stood idle between its last so many runs, by its own clock."""
+    with urllib.request.urlopen(f"http://{server}/history?max_items={jobs}") as answer:
+        runs = json.load(answer).values()
+    said = [{kind: data["timestamp"] for kind, data in run["status"]["messages"]} for run in runs]
+    spans = sorted((words["execution_start"], words["execution_success"]) for words in said)
+    assert len(spans) == jobs
+    return sum(start - end for (_, end), (start, _) in itertools.pairwise(spans)) / (spans[-1][1] - spans[0][0])
+
+
 async def bare(graphs: list[dict], server: str, folder: Path) -> float:
     """Seconds for a loop that keeps so many graphs in the queue, asks the history and fetches the files."""
     started = time.time()
@@ -82,27 +95,29 @@ def against_a_bare_loop(server: str, options: argparse.Namespace, folder: Path) 
         node["inputs"] |= {"batch_size": 1} if "batch_size" in node["inputs"] else {}
     file = folder / "workflow.json"
     file.write_text(json.dumps(workflow))
-    shares, walls = [], {"bare": [], "batch": []}
+    walls: dict[str, list[float]] = {"bare": [], "batch": []}
+    idles: dict[str, list[float]] = {"bare": [], "batch": []}
+    seeds = itertools.count(1)
     for number in range(-1, options.rounds):
-        seeds = [
-            [1 + 2 * options.jobs * (number + 1) + options.jobs * way + i for i in range(options.jobs)]
-            for way in (0, 1)
-        ]
         graphs = []
-        for seed in seeds[0]:
+        for seed in itertools.islice(seeds, options.jobs):
             graph = json.loads(file.read_text())
             graph[sampler]["inputs"]["seed"] = seed
             graphs.append(graph)
-        bare_wall = asyncio.run(bare(graphs, server, folder))
-        over = f"{sampler}.seed=" + "|".join(map(str, seeds[1]))
+        measured = {"bare": (asyncio.run(bare(graphs, server, folder)), idle(server, options.jobs))}
+        over = f"{sampler}.seed=" + "|".join(map(str, itertools.islice(seeds, options.jobs)))
         cost = batch(file, server, over, folder / f"round_{number}")
+        measured["batch"] = cost.wall, idle(server, options.jobs)
         if number >= 0:  # the first one warms up
-            walls["bare"].append(bare_wall / options.jobs)
-            walls["batch"].append(cost.wall / options.jobs)
-            shares.append(cost.wall / bare_wall - 1)
-    for way, seconds in walls.items():
-        print(f"{way:6} {statistics.median(seconds):.3f} s a job, of {', '.join(f'{s:.3f}' for s in seconds)}")
-    print(f"the batch takes {statistics.median(shares):+.1%} more (rounds: {', '.join(f'{s:+.1%}' for s in shares)})")
+            for way, (wall, share) in measured.items():
+                walls[way].append(wall / options.jobs)
+                idles[way].append(share)
+    for way in walls:
+        seconds = ", ".join(f"{wall:.3f}" for wall in walls[way])
+        shares = ", ".join(f"{share:.2%}" for share in idles[way])
+        print(f"{way:6} {statistics.median(walls[way]):.3f} s a job ({seconds}); the server idle for {shares}")
+    more = [b / a - 1 for a, b in zip(walls["bare"], walls["batch"], strict=True)]
+    print(f"the batch takes {statistics.median(more):+.1%} more ({', '.join(f'{share:+.1%}' for share in more)})")
 
 
 def trivial(count: int, folder: Path) -> None:
@@ -136,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", help="a running ComfyUI with the pack")
     parser.add_argument("--jobs", type=int, default=10, help="of each round")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trivial", type=int, default=1000, help="jobs of the second part")
     options = parser.parse_args()

@@ -147,7 +147,7 @@ class Client:
                     ended = tracker.take(message.kind, message.data)
         for _ in range(HISTORY_TRIES):
             if entry := await self._api.history(prompt_id):
-                raise_failure(entry.get("status", {}).get("messages", []))
+                raise_failure((entry.get("status") or {}).get("messages", []))
                 return Result(prompt_id, entry["outputs"])
             await asyncio.sleep(HISTORY_SECONDS)
         raise ServerGoneError(f"ComfyUI at {self.address} has no history of the run {prompt_id}")

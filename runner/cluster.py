@@ -233,8 +233,8 @@ def actor_class() -> type:
                 # The driver runs from the pack's folder, which this machine sees as well.
                 sys.path.insert(0, str(Path(pack) / "tools"))
                 importlib.import_module("run").load_pack()
-            farm = importlib.import_module("semantic_style.runner.farm")
-            client = importlib.import_module("semantic_style.runner.client")
+            from . import client, farm
+
             self.stall, self.previews, self.only = stall, previews, only
             self.stack = contextlib.ExitStack()
             if server is not None:
@@ -256,8 +256,9 @@ def actor_class() -> type:
             import os
 
             import ray
-            from semantic_style.runner.api import AnswerError, ApiError
-            from semantic_style.runner.graph import GraphError, GraphInterrupted
+
+            from .api import AnswerError, ApiError
+            from .graph import GraphError, GraphInterrupted
 
             try:
                 for node, name, file, content in files:

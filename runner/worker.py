@@ -22,6 +22,7 @@ from .scheduler import Batch, upload_name
 # Fetching what ended jobs made goes on beside the next ones.
 FETCHES = 4
 FETCH_TRIES = 10
+NOT_FOUND = 404
 POLL_SECONDS = 5.0
 STOP_SECONDS = 5.0
 # The message about an end may come just before the server has written the history down.
@@ -313,6 +314,10 @@ class Worker:
                 else:
                     then, reason = self.batch.failed, str(error)
             except (GraphInterrupted, AnswerError) as error:
+                if getattr(error, "status", 0) == NOT_FOUND:
+                    # Somebody removed it there, and the server would go on naming what it made once.
+                    with contextlib.suppress(ApiError):
+                        await self.api.free()
                 then, reason = self._again(True), str(error)
             except LostError as error:
                 then, reason, state = self._again(error.counts), str(error), LOST

@@ -125,11 +125,14 @@ class Stub:
         self.history: dict[str, Any] = {}
         self.files: dict[str, bytes] = {}
         self.inputs: dict[str, bytes] = {}
+        self.cached: dict[bytes, str] = {}
         self.sockets: dict[str, web.WebSocketResponse] = {}
         self.interrupted = asyncio.Event()
         self.filled = asyncio.Event()
 
     async def __aenter__(self) -> Stub:
+        # Events belong to one event loop, and a stand-in may be entered in one after the other.
+        self.interrupted, self.filled = asyncio.Event(), asyncio.Event()
         self.tasks = [asyncio.ensure_future(self._work())]
         await self._open()
         for number in range(self.foreign):
@@ -281,6 +284,7 @@ class Stub:
 
     async def _free(self, request: web.Request) -> web.Response:
         self.freed += 1
+        self.cached = {}
         return web.Response()
 
     async def _work(self) -> None:
@@ -326,8 +330,12 @@ class Stub:
             failure = ("execution_interrupted", {"node_id": "2", "node_type": "Work"})
         outputs = {}
         if failure is None:
-            name = f"{prompt_id}.png"
-            self.files[name] = content_of(self._with_contents(prompt))
+            content = content_of(self._with_contents(prompt))
+            if content not in self.cached:
+                # What is the same as before is not made again, whatever became of the file.
+                self.cached[content] = f"{prompt_id}.png"
+                self.files[f"{prompt_id}.png"] = content
+            name = self.cached[content]
             outputs = {"3": {"images": [{"filename": name, "subfolder": "a", "type": "output"}]}}
             self.executed[str(self._texts(prompt))] += 1
         kind, data = failure or ("execution_success", {})

@@ -219,6 +219,16 @@ def test_a_file_that_somebody_removed_is_made_again(stub, run_batch, tmp_path: P
     assert len(assert_journal_and_files_agree(seen.folder)) == 2
 
 
+def test_a_file_that_somebody_removed_from_the_server_is_made_again(stub, run_batch, tmp_path: Path) -> None:
+    server = stub.Stub()
+    seen = run_batch([server], texts(tmp_path, ["a"]))
+    server.files.clear()
+    (seen.folder / "a_Save_it_1.png").unlink()
+    again = run_batch([server], texts(tmp_path, ["a"]))
+    assert again.states == {"done": 1}, again.reasons()
+    assert server.freed == 1
+
+
 def test_what_an_earlier_run_had_sent_is_looked_up(
     stub: ModuleType, run_batch: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
