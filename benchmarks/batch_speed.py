@@ -3,8 +3,8 @@
 python tools/run.py benchmarks.batch_speed [--server ADDRESS] [--jobs 10] [--steps 4] [--rounds 3] [--trivial 1000]
 
 The first part needs ComfyUI; it is started where no server is named. Both ways run the same graphs with the same two
-jobs in the queue, alternated, and every round has seeds of its own, so that nothing comes from a cache. On a machine that
-does other things as well, how long the server stood idle between runs tells more than the seconds. The second part
+jobs in the queue, alternated, and every round has seeds of its own, so that nothing comes from a cache. On a machine
+that does other things as well, how long the server stood idle between runs tells more than the seconds. The second part
 runs on the stand-in for a server that the tests use, in a process of its own. POSIX only.
 """
 
