@@ -16,7 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..runner import locate
-from ..runner.client import Client, Graph, GraphError, GraphInterrupted, Progress, ServerGoneError, node_title
+from ..runner.api import ApiError
+from ..runner.client import Client
+from ..runner.graph import Graph, GraphError, GraphInterrupted, Progress, node_title
 from ..runner.launch import ServerError, comfy_server
 from .sheet import Row, frames, save_sheet
 
@@ -113,7 +115,7 @@ def main() -> int:
         return 1
     try:
         rows = run_graphs(host, output)
-    except (ServerError, ServerGoneError, GraphError, GraphInterrupted, TimeoutError) as error:
+    except (ServerError, ApiError, GraphError, GraphInterrupted, TimeoutError) as error:
         print(f"The demo failed: {error}\nComfyUI's log: {output / 'comfyui.log'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,72 +1,28 @@
-"""Run graphs on a ComfyUI server through its API, and follow them."""
+"""Run graphs on a ComfyUI server one after the other, without asynchronous code around it."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
-import json
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import websocket
-from PIL import Image
+from .api import UPLOADS, Api, Message, ServerGoneError
+from .graph import Graph, Progress, Tracker, raise_failure
+from .outputs import made_files
 
-Graph = dict[str, dict[str, Any]]
+if TYPE_CHECKING:
+    from PIL import Image
 
-HTTP_SECONDS = 30.0
 # How long to wait for a message before asking the server's history whether one was missed.
 MESSAGE_SECONDS = 2.0
-STEPPING_WEIGHT = 30.0
-# Inputs by which nodes are known that run the model step by step, which takes nearly all the time.
-STEPPING_INPUTS = ({"steps"}, {"sampler"}, {"context", "cfg"})
+# The message about the end may come just before the server has written the history down.
+HISTORY_TRIES, HISTORY_SECONDS = 50, 0.1
 
-
-class GraphError(RuntimeError):
-    """The server refused a graph or a node of it failed; `node_id` and `node_type` say where, if known."""
-
-    def __init__(self, message: str, node_id: str | None = None, node_type: str | None = None) -> None:
-        super().__init__(message)
-        self.node_id = node_id
-        self.node_type = node_type
-
-
-class GraphInterrupted(RuntimeError):
-    """The run was interrupted before its end."""
-
-
-class ServerGoneError(RuntimeError):
-    """The server ended or cannot be reached."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: the share of it that is done, the node that is running, and its step `value` of `maximum`."""
-
-    fraction: float
-    title: str = ""
-    value: int = 0
-    maximum: int = 0
-
-
-def progress_of(graph: Graph, done: Collection[str], running: str | None, value: int = 0, maximum: int = 0) -> Progress:
-    """The progress of a run whose nodes `done` are ready and which is at a step of the node `running`, if any."""
-    total = sum(map(_weight, graph.values()))
-    ready = sum(_weight(node) for node_id, node in graph.items() if node_id in done)
-    if running is None or running not in graph:
-        return Progress(ready / total)
-    if maximum and running not in done:
-        ready += _weight(graph[running]) * min(value / maximum, 1.0)
-    return Progress(ready / total, node_title(graph, running), value, maximum)
-
-
-def _weight(node: dict[str, Any]) -> float:
-    """How long a node takes, roughly, in others."""
-    return STEPPING_WEIGHT if any(known <= node["inputs"].keys() for known in STEPPING_INPUTS) else 1.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,75 +34,55 @@ class Result:
 
 
 class Client:
-    """A connection to the server at `address` ("host:port"); use it in a `with` block."""
+    """A connection to the server at `address` (see `Api`); use it in a `with` block, in one thread."""
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.id = uuid.uuid4().hex
-        self._socket: websocket.WebSocket | None = None
+        self._api = Api(address)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stack = contextlib.AsyncExitStack()
+        self._receive: Callable[[], Coroutine[Any, Any, Message]]
 
     def __enter__(self) -> Client:
+        self._loop = asyncio.new_event_loop()
         try:
-            self._socket = websocket.create_connection(
-                f"ws://{self.address}/ws?clientId={self.id}", timeout=MESSAGE_SECONDS
-            )
-        except (OSError, websocket.WebSocketException) as error:
-            raise ServerGoneError(f"no ComfyUI answers at {self.address}: {error}") from error
+            self._wait(self._connect())
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        if self._loop is not None:
+            self._wait(self._stack.aclose())
+            self._loop.close()
+            self._loop = None
 
     def run(
-        self, graph: Graph, *, progress: Callable[[Progress], None] | None = None, timeout: float | None = None
-    ) -> Result:
-        """Queue `graph` (API format) and wait for its end, with a call of `progress` at every message about it.
-
-        Raises `GraphError` when the server refuses the graph or a node fails, `GraphInterrupted` when somebody
-        interrupts it, `TimeoutError` after `timeout` seconds (the run is then interrupted), `ServerGoneError`.
-        """
-        prompt_id = self.queue(graph)
-        try:
-            return self.follow(prompt_id, graph, progress=progress, timeout=timeout)
-        except (KeyboardInterrupt, TimeoutError):
-            self.interrupt(prompt_id)
-            raise
-
-    def queue(self, graph: Graph) -> str:
-        """Queue a graph without waiting; gives back the run's id."""
-        try:
-            answer = self._request("/prompt", {"prompt": graph, "client_id": self.id})
-        except urllib.error.HTTPError as error:
-            raise _refusal(graph, error) from error
-        return json.loads(answer)["prompt_id"]
-
-    def follow(
         self,
-        prompt_id: str,
         graph: Graph,
         *,
         progress: Callable[[Progress], None] | None = None,
         timeout: float | None = None,
+        stall: float | None = None,
     ) -> Result:
-        """Wait for the end of a queued run; see `run`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        tracker = _Tracker(graph, progress or (lambda _: None))
-        ended = False
-        while not ended:
-            if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"the graph did not end within {timeout:.0f} s")
-            message = self._receive()
-            if message is None:
-                ended = bool(self._history(prompt_id))
-            elif message.get("data", {}).get("prompt_id") == prompt_id:
-                ended = tracker.take(message["type"], message["data"])
-        return self._result(prompt_id)
+        """Queue `graph` (API format) and wait for its end, with a call of `progress` at every message about it.
 
-    def interrupt(self, prompt_id: str | None = None) -> None:
-        """Stop the run `prompt_id`, or whatever is running."""
-        self._request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
+        Raises `GraphError` when the server refuses the graph or a node fails, `GraphInterrupted` when somebody
+        interrupts it, `TimeoutError` after `timeout` seconds, or after `stall` seconds without a message about it (the
+        run is then interrupted), `ServerGoneError`.
+        """
+        prompt_id = self._wait(self._api.queue(graph))
+        try:
+            tracker = Tracker(graph, progress or (lambda _: None))
+            return self._wait(self._follow(prompt_id, tracker, timeout, stall))
+        except (KeyboardInterrupt, TimeoutError):
+            self._wait(self._api.drop([prompt_id]))
+            raise
+
+    def interrupt(self) -> None:
+        """Stop whatever is running."""
+        self._wait(self._api.interrupt())
 
     def images(self, result: Result) -> dict[str, list[Image.Image]]:
         """The images of a run, by the id of the node that saved or previewed them."""
@@ -156,116 +92,75 @@ class Client:
             if output.get("images")
         }
 
+    def files(
+        self, result: Result, graph: Graph, previews: bool = False, only: Collection[str] = ()
+    ) -> list[tuple[str, str, bytes]]:
+        """The files that a run made, as label, ending and content; see `outputs.made_files`."""
+        found = []
+        for made in made_files({"outputs": result.outputs}, graph, previews, only):
+            content = io.BytesIO()
+            self._wait(self._api.view(made.entry, content.write))
+            found.append((made.label, made.suffix, content.getvalue()))
+        return found
+
+    def upload(self, content: bytes, name: str) -> str:
+        """Upload a file; gives back what a node's input has to say to load it."""
+        return self._wait(self._api.upload(io.BytesIO(content), name, UPLOADS))
+
+    def free(self) -> None:
+        """Have the server give back its memory before the next run."""
+        self._wait(self._api.free())
+
     def object_info(self) -> dict[str, dict[str, Any]]:
-        """What the server knows of every node, by node id."""
-        return json.loads(self._request("/object_info"))
+        """What the server knows of every node, by node class."""
+        return self._wait(self._api.object_info())
 
     def _image(self, entry: dict[str, str]) -> Image.Image:
-        query = urllib.parse.urlencode({key: entry[key] for key in ("filename", "subfolder", "type")})
-        image = Image.open(io.BytesIO(self._request(f"/view?{query}")))
+        from PIL import Image
+
+        content = io.BytesIO()
+        self._wait(self._api.view(entry, content.write))
+        image = Image.open(content)
         image.load()
         return image
 
-    def _result(self, prompt_id: str) -> Result:
-        # The message about the end may come just before the server has written the history down.
-        for _ in range(50):
-            entry = self._history(prompt_id)
-            if entry:
-                _raise_failure(entry.get("status", {}))
+    async def _connect(self) -> None:
+        await self._stack.enter_async_context(self._api)
+        self._receive = await self._stack.enter_async_context(self._api.messages())
+
+    async def _follow(self, prompt_id: str, tracker: Tracker, timeout: float | None, stall: float | None) -> Result:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        sign = time.monotonic()
+        ended = False
+        while not ended:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"the graph did not end within {timeout:.0f} s")
+            if stall is not None and time.monotonic() - sign > stall:
+                raise TimeoutError(f"no progress for {stall:g} s")
+            try:
+                message = await asyncio.wait_for(self._receive(), MESSAGE_SECONDS)
+            except asyncio.TimeoutError:
+                ended = bool(await self._api.history(prompt_id))
+            else:
+                if message.data.get("prompt_id") == prompt_id:
+                    sign = time.monotonic()
+                    ended = tracker.take(message.kind, message.data)
+        for _ in range(HISTORY_TRIES):
+            if entry := await self._api.history(prompt_id):
+                raise_failure((entry.get("status") or {}).get("messages", []))
                 return Result(prompt_id, entry["outputs"])
-            time.sleep(0.1)
+            await asyncio.sleep(HISTORY_SECONDS)
         raise ServerGoneError(f"ComfyUI at {self.address} has no history of the run {prompt_id}")
 
-    def _history(self, prompt_id: str) -> dict[str, Any]:
-        return json.loads(self._request(f"/history/{prompt_id}")).get(prompt_id, {})
-
-    def _receive(self) -> dict[str, Any] | None:
-        """The next text message; None when none came for a while. Previews (binary) are passed over."""
-        if self._socket is None:
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop is None:
+            work.close()
             raise RuntimeError("use the client in a `with` block")
+        task = self._loop.create_task(work)
         try:
-            message = self._socket.recv()
-        except websocket.WebSocketTimeoutException:
-            return None
-        except (OSError, websocket.WebSocketException) as error:
-            raise ServerGoneError(f"ComfyUI at {self.address} ended during the run: {error}") from error
-        return json.loads(message) if isinstance(message, str) and message else {}
-
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://{self.address}{path}", data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
-                return answer.read()
-        except urllib.error.HTTPError:
+            return self._loop.run_until_complete(task)
+        except BaseException:
+            # Ctrl-C leaves the task half way.
+            task.cancel()
+            self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
             raise
-        except OSError as error:
-            raise ServerGoneError(f"ComfyUI at {self.address} does not answer: {error}") from error
-
-
-class _Tracker:
-    """Turns the server's messages about one run into `Progress`."""
-
-    def __init__(self, graph: Graph, report: Callable[[Progress], None]) -> None:
-        self.graph = graph
-        self.report = report
-        self.done: set[str] = set()
-        self.running: str | None = None
-
-    def take(self, kind: str, data: dict[str, Any]) -> bool:
-        """Whether the message says that the run is over; raises if it ended badly."""
-        if kind == "execution_error":
-            raise _node_failure(data)
-        if kind == "execution_interrupted":
-            raise GraphInterrupted("the run was interrupted")
-        if kind == "execution_cached":
-            self.done.update(data.get("nodes", []))
-        elif kind in ("executing", "execution_success"):
-            if self.running is not None:
-                self.done.add(self.running)
-            self.running = data.get("node")
-            self._tell()
-            return self.running is None
-        elif kind == "progress":
-            self._tell(int(data["value"]), int(data["max"]))
-        return False
-
-    def _tell(self, value: int = 0, maximum: int = 0) -> None:
-        self.report(progress_of(self.graph, self.done, self.running, value, maximum))
-
-
-def node_title(graph: Graph, node_id: str) -> str:
-    """The name a node has in the graph: its title, or else its class."""
-    node = graph.get(node_id, {})
-    return node.get("_meta", {}).get("title") or node.get("class_type", node_id)
-
-
-def _node_failure(data: dict[str, Any]) -> GraphError:
-    kind, node_id = data.get("node_type"), data.get("node_id")
-    message = str(data.get("exception_message", "")).strip()
-    return GraphError(f"{kind} (node {node_id}): {data.get('exception_type')}: {message}", node_id, kind)
-
-
-def _raise_failure(status: dict[str, Any]) -> None:
-    for kind, data in status.get("messages", []):
-        if kind == "execution_error":
-            raise _node_failure(data)
-        if kind == "execution_interrupted":
-            raise GraphInterrupted("the run was interrupted")
-
-
-def _refusal(graph: Graph, error: urllib.error.HTTPError) -> GraphError:
-    """What the server says about a graph that does not fit its nodes."""
-    try:
-        answer = json.loads(error.read())
-    except ValueError:
-        return GraphError(f"ComfyUI refused the graph: {error}")
-    node_errors = answer.get("node_errors") or {}
-    for node_id, entry in node_errors.items():
-        first = (entry.get("errors") or [{}])[0]
-        kind = entry.get("class_type") or graph.get(node_id, {}).get("class_type")
-        text = f"{kind} (node {node_id}): {first.get('message', 'invalid')}: {first.get('details', '')}"
-        return GraphError(text, node_id, kind)
-    problem = answer.get("error", {})
-    text = problem.get("message", str(problem)) if isinstance(problem, dict) else str(problem)
-    return GraphError(f"ComfyUI refused the graph: {text}")

@@ -1,4 +1,4 @@
-"""Run the `main` of a module of the pack: python tools/run.py demo.run [ARGUMENTS].
+"""Run the `main` of a module of the pack: python tools/run.py demo.run [ARGUMENTS]; `batch` is runner.batch.
 
 The pack's root must stay away from sys.path (its `nodes` would hide ComfyUI's), so `python -m` is no way to start
 these modules, whose imports are relative.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).absolute().parent.parent
 PACKAGE = "semantic_style"
+SHORT = {"batch": "runner.batch"}
 
 
 def load_pack() -> None:
@@ -28,7 +29,7 @@ def load_pack() -> None:
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: python tools/run.py MODULE [ARGUMENTS], for example: python tools/run.py demo.run")
-    module = sys.argv[1]
+    module = SHORT.get(sys.argv[1], sys.argv[1])
     del sys.argv[1]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT.resolve()]
     load_pack()

@@ -6,7 +6,9 @@ import threading
 import urllib.request
 
 import pytest
-from semantic_style.runner.client import Client, GraphError, GraphInterrupted, Progress, ServerGoneError
+from semantic_style.runner.api import ServerGoneError
+from semantic_style.runner.client import Client
+from semantic_style.runner.graph import GraphError, GraphInterrupted, Progress
 from semantic_style.runner.launch import free_port
 
 
@@ -81,7 +83,8 @@ def test_a_run_can_be_interrupted(comfy_client: Client) -> None:
 
     def interrupt() -> None:
         if stepping.wait(60):
-            Client(comfy_client.address).interrupt()
+            with Client(comfy_client.address) as other:
+                other.interrupt()
 
     thread = threading.Thread(target=interrupt)
     thread.start()

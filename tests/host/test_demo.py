@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from semantic_style.demo import run
-from semantic_style.runner.client import Graph, Progress
+from semantic_style.runner.graph import Graph, Progress
 
 STEPS = 6
 

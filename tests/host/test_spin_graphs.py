@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from semantic_style.paperland import scenes
-from semantic_style.runner.client import Client, Graph, Progress
+from semantic_style.runner.client import Client
+from semantic_style.runner.graph import Graph, Progress
 
 API = Path(__file__).resolve().parents[2] / "workflows" / "api"
 SECONDS = 600

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from semantic_style.demo import run, sheet
-from semantic_style.runner.client import GraphError, GraphInterrupted, Progress, _Tracker, node_title, progress_of
+from semantic_style.runner.graph import GraphError, GraphInterrupted, Progress, Tracker, node_title, progress_of
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -88,7 +88,7 @@ GRAPH = {"1": {"class_type": "A", "inputs": {}}, "2": {"class_type": "B", "input
 
 def test_messages_become_progress() -> None:
     seen: list[Progress] = []
-    tracker = _Tracker(GRAPH, seen.append)
+    tracker = Tracker(GRAPH, seen.append)
     assert not tracker.take("execution_cached", {"nodes": []})
     assert not tracker.take("executing", {"node": "1"})
     assert not tracker.take("progress", {"value": 3, "max": 6})
@@ -105,7 +105,7 @@ def test_nodes_that_step_are_most_of_the_progress() -> None:
 
 
 def test_failures_say_where_they_happened() -> None:
-    tracker = _Tracker(GRAPH, lambda progress: None)
+    tracker = Tracker(GRAPH, lambda progress: None)
     data = {"node_id": "2", "node_type": "B", "exception_type": "ValueError", "exception_message": "too small\n"}
     with pytest.raises(GraphError, match=r"B \(node 2\): ValueError: too small") as caught:
         tracker.take("execution_error", data)
