@@ -9,7 +9,7 @@ from ..regions.clustering import MAX_REGIONS
 from ..regions.map_report import describe, warnings
 from ..samplers.inversion import Inversion
 from .nodes_inversion import MAX_SEED
-from .schema import ADVANCED, schema
+from .schema import advanced, schema
 from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
 
@@ -77,12 +77,13 @@ class AutoMap(io.ComfyNode):
                     tooltip="Prompt to look at both pictures with. Without one, what each was inverted with; "
                     "inversions from files need it.",
                 ),
-                io.Boolean.Input(
-                    "allow_other_model",
-                    default=False,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Allow inversions of another checkpoint of the same architecture.",
+                advanced(
+                    io.Boolean.Input(
+                        "allow_other_model",
+                        default=False,
+                        optional=True,
+                        tooltip="Allow inversions of another checkpoint of the same architecture.",
+                    )
                 ),
             ],
             outputs=[

@@ -21,7 +21,7 @@ from ..samplers.inversion import Inversion
 from ..samplers.word_learning import MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
 from .late import attempt
 from .nodes_inversion import MAX_SEED
-from .schema import ADVANCED, schema
+from .schema import advanced, schema
 from .types import Inversion as InversionSocket
 
 CATEGORY = "semantic_style/spin"
@@ -143,12 +143,13 @@ class SpinEmbedding(io.ComfyNode):
                     tooltip="Part of the noise levels, from the cleanest on, that is not learnt from. 0 as published; "
                     "a third makes the word say colours and shapes rather than the grain of this one picture.",
                 ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=False,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Half the memory for the gradient or less, about a third more time.",
+                advanced(
+                    io.Boolean.Input(
+                        "checkpointing",
+                        default=False,
+                        optional=True,
+                        tooltip="Half the memory for the gradient or less, about a third more time.",
+                    )
                 ),
             ],
             outputs=[

@@ -11,7 +11,7 @@ from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
 from .nodes_files import LoadInversion, SaveInversion
-from .schema import ADVANCED, schema
+from .schema import advanced, schema
 from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
 
@@ -92,15 +92,16 @@ class DDPMInversion(io.ComfyNode):
             inputs=[
                 *_shared_inputs(steps=60, scheduler="normal", cfg=3.5),
                 _seed_input("Seed of the noise that the picture is inverted to. Another seed gives other edits."),
-                io.Int.Input(
-                    "batch_steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Noise levels per model call; 0 chooses by free memory. Models with patches that may "
-                    "depend on the level (AnimateDiff, control) always run one by one.",
+                advanced(
+                    io.Int.Input(
+                        "batch_steps",
+                        default=0,
+                        min=0,
+                        max=1000,
+                        optional=True,
+                        tooltip="Noise levels per model call; 0 chooses by free memory. Models with patches that may "
+                        "depend on the level (AnimateDiff, control) always run one by one.",
+                    )
                 ),
                 io.Boolean.Input(
                     "same_noise",
@@ -144,15 +145,17 @@ class DDIMInversion(io.ComfyNode):
             inputs=[
                 *_shared_inputs(steps=50, scheduler="ddim_uniform", cfg=1.0),
                 _seed_input("DDIM draws no noise; only models whose conditioning draws some (unCLIP) look at this."),
-                io.Int.Input(
-                    "refine",
-                    default=0,
-                    min=0,
-                    max=10,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Fixed-point refinements of every step: each costs as much as the inversion and cuts the "
-                    "error several times. At CFG 1 only.",
+                advanced(
+                    io.Int.Input(
+                        "refine",
+                        default=0,
+                        min=0,
+                        max=10,
+                        optional=True,
+                        tooltip="Fixed-point refinements of every step: each costs as much as the inversion "
+                        "and cuts the "
+                        "error several times. At CFG 1 only.",
+                    )
                 ),
             ],
             outputs=[_inversion_output()],
@@ -195,13 +198,14 @@ class Replay(io.ComfyNode):
                     tooltip="A noisy latent to start from in place of the stored one, at the level that skip chooses: "
                     "from Inversion Latent, changed by AdaIN for example.",
                 ),
-                io.Boolean.Input(
-                    "allow_other_model",
-                    default=False,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Replay on another checkpoint of the same architecture. Patches such as LoRAs need no "
-                    "permission.",
+                advanced(
+                    io.Boolean.Input(
+                        "allow_other_model",
+                        default=False,
+                        optional=True,
+                        tooltip="Replay on another checkpoint of the same architecture. Patches such as LoRAs need no "
+                        "permission.",
+                    )
                 ),
                 InversionSocket.Input(
                     "adain_reference",

@@ -9,7 +9,7 @@ from ..regions.map_report import describe, warnings
 from ..regions.mask_maps import GAPS, Coverage, regions_from_masks
 from ..regions.masks import as_mask
 from ..regions.semantic_map import SemanticMap
-from .schema import ADVANCED, schema
+from .schema import advanced, schema
 from .types import SemanticMap as SemanticMapSocket
 
 CATEGORY = "semantic_style/maps"
@@ -37,15 +37,17 @@ class MapFromColors(io.ComfyNode):
                     max=256,
                     tooltip="How many regions. 0 finds them; a smaller number than there are joins the most alike.",
                 ),
-                io.Float.Input(
-                    "smallest",
-                    default=0.5,
-                    min=0.0,
-                    max=50.0,
-                    step=0.1,
-                    extra_dict=ADVANCED,
-                    tooltip="A found region covers at least this many percent of one of the pictures; smaller spots "
-                    "go to their surroundings. Not used when a number is given.",
+                advanced(
+                    io.Float.Input(
+                        "smallest",
+                        default=0.5,
+                        min=0.0,
+                        max=50.0,
+                        step=0.1,
+                        tooltip="A found region covers at least this many percent of one of the pictures; "
+                        "smaller spots "
+                        "go to their surroundings. Not used when a number is given.",
+                    )
                 ),
             ],
             outputs=[
@@ -84,13 +86,15 @@ class MapFromMasks(io.ComfyNode):
                     tooltip="One mask for each region of the style, in the same order; any size. An empty mask for "
                     "what is not there.",
                 ),
-                io.Combo.Input(
-                    "gaps",
-                    options=list(GAPS),
-                    default=GAPS[0],
-                    extra_dict=ADVANCED,
-                    tooltip="What becomes of places without a mask: a region of their own (number 0), or part of the "
-                    "nearest. auto: a region when they are more than 5% of a picture.",
+                advanced(
+                    io.Combo.Input(
+                        "gaps",
+                        options=list(GAPS),
+                        default=GAPS[0],
+                        tooltip="What becomes of places without a mask: a region of their own (number 0), or "
+                        "part of the "
+                        "nearest. auto: a region when they are more than 5% of a picture.",
+                    )
                 ),
             ],
             outputs=[

@@ -13,7 +13,7 @@ from ..regions.saliency import THRESHOLD, Saliency
 from ..samplers.inversion import Inversion
 from .late import attempt
 from .nodes_inversion import MAX_SEED
-from .schema import ADVANCED, schema
+from .schema import advanced, schema
 from .types import Inversion as InversionSocket
 
 CATEGORY = "semantic_style/spin"
@@ -103,12 +103,13 @@ class FindSubject(io.ComfyNode):
                 io.Image.Input(
                     "image", optional=True, tooltip="The picture itself: the mask gets its size, the preview shows it."
                 ),
-                io.Boolean.Input(
-                    "allow_other_model",
-                    default=False,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Allow an inversion of another checkpoint of the same architecture.",
+                advanced(
+                    io.Boolean.Input(
+                        "allow_other_model",
+                        default=False,
+                        optional=True,
+                        tooltip="Allow an inversion of another checkpoint of the same architecture.",
+                    )
                 ),
             ],
             outputs=[

@@ -11,7 +11,7 @@ from ..host.apply_scsa import Patch, Pictures, apply_scsa
 from ..host.invert_map_pictures import invert_map_pictures
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
-from .schema import ADVANCED, schema
+from .schema import advanced, schema
 from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
 
@@ -124,12 +124,13 @@ class ApplySCSA(io.ComfyNode):
                     optional=True,
                     tooltip="The style's map as a picture of the style's size, in the same colours.",
                 ),
-                io.Boolean.Input(
-                    "allow_other_model",
-                    default=False,
-                    optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Take inversions made with another checkpoint of the same architecture.",
+                advanced(
+                    io.Boolean.Input(
+                        "allow_other_model",
+                        default=False,
+                        optional=True,
+                        tooltip="Take inversions made with another checkpoint of the same architecture.",
+                    )
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For any sampler, at the content's size.")],

@@ -17,7 +17,7 @@ from ..samplers.step_adain import PUBLISHED_START
 from ..samplers.terms import Energy
 from .late import attempt
 from .nodes_inversion import adain_start_input
-from .schema import ADVANCED, schema
+from .schema import advanced, schema
 from .types import Energy as EnergySocket
 from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
@@ -135,19 +135,21 @@ def _cfg_input() -> Any:
 
 def _run_inputs() -> list[Any]:
     return [
-        io.Boolean.Input(
-            "checkpointing",
-            default=False,
-            optional=True,
-            extra_dict=ADVANCED,
-            tooltip="Less memory for the gradient, about one more model call of time per step; the same result.",
+        advanced(
+            io.Boolean.Input(
+                "checkpointing",
+                default=False,
+                optional=True,
+                tooltip="Less memory for the gradient, about one more model call of time per step; the same result.",
+            )
         ),
-        io.Boolean.Input(
-            "allow_other_model",
-            default=False,
-            optional=True,
-            extra_dict=ADVANCED,
-            tooltip="Take inversions made with another checkpoint of the same architecture.",
+        advanced(
+            io.Boolean.Input(
+                "allow_other_model",
+                default=False,
+                optional=True,
+                tooltip="Take inversions made with another checkpoint of the same architecture.",
+            )
         ),
     ]
 

@@ -4,9 +4,6 @@ from typing import Any
 
 from comfy_api.latest import io
 
-# `extra_dict` of inputs that few need: hosts that can fold them away show them when asked to.
-ADVANCED: dict[str, Any] = {"advanced": True}
-
 
 def schema(**keywords: Any) -> io.Schema:
     """`io.Schema` of those keywords that this host's version knows.
@@ -16,3 +13,9 @@ def schema(**keywords: Any) -> io.Schema:
     """
     known = io.Schema.__dataclass_fields__
     return io.Schema(**{name: value for name, value in keywords.items() if name in known})
+
+
+def advanced(field: io.Input) -> io.Input:
+    """An input that few need: hosts that can fold such inputs away show it when asked to, others always."""
+    field.extra_dict = {**field.extra_dict, "advanced": True}
+    return field

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,22 @@ OUT_OF_MEMORY = ("outofmemory", "out of memory", "allocation on device", "not en
 
 
 class GraphError(RuntimeError):
-    """The server refused a graph or a node of it failed; `node_id` and `node_type` say where, if known."""
+    """The server refused a graph or a node of it failed; `node_id` and `node_type` say where, if known.
 
-    def __init__(self, message: str, node_id: str | None = None, node_type: str | None = None) -> None:
+    `raised_in` is the source file that raised the node's exception, where the server tells.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        node_id: str | None = None,
+        node_type: str | None = None,
+        raised_in: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.node_id = node_id
         self.node_type = node_type
+        self.raised_in = raised_in
 
     @property
     def out_of_memory(self) -> bool:
@@ -100,7 +111,8 @@ def raise_failure(messages: list[tuple[str, dict[str, Any]]]) -> None:
             node_id, node_type = data.get("node_id"), data.get("node_type")
             message = str(data.get("exception_message", "")).strip()
             text = f"{node_type} (node {node_id}): {data.get('exception_type')}: {message}"
-            raise GraphError(text, node_id, node_type)
+            files = re.findall(r'File "([^"]+)"', "\n".join(data.get("traceback") or ()))
+            raise GraphError(text, node_id, node_type, files[-1] if files else None)
         if kind == "execution_interrupted":
             raise GraphInterrupted("the run was interrupted")
 
