@@ -110,7 +110,8 @@ class Scene(Builder):
         return image
 
     def mask(self) -> Link:
-        width, height = self.of(32, 48, 64, 7), self.of(32, 48, 64, 9)
+        width = self.of(32, 48, 64, 7)
+        height = width if self.some(0.8) else self.of(32, 48, 64, 9)
         mask = self.add("SolidMask", value=self.of(0.0, 0.0, 1.0, 0.5), width=width, height=height)
         if self.some(0.8):
             part = self.add(
@@ -331,7 +332,8 @@ class Scene(Builder):
                 clip=self.clip,
                 class_word=self.of("house", "sun"),
                 steps=2,
-                name="",
+                name="random",
+                overwrite=True,
                 image=self.picture(),
                 vae=self.vae,
             )
