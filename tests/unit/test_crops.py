@@ -3,7 +3,9 @@
 import pytest
 import torch
 from semantic_style.regions.crops import as_decoded, as_encoded, encoded_size, in_picture
+from semantic_style.regions.map_pictures import draw_map
 from semantic_style.regions.masks import keep_outside, mask_on_grid
+from semantic_style.regions.semantic_map import SemanticMap, resample_labels
 
 # Height and width of a picture, the factor of the VAE.
 SIZES = [(130, 130, 8), (135, 71, 8), (129, 131, 4), (512, 519, 8), (70, 95, 32), (90, 94, 16), (128, 64, 8)]
@@ -48,6 +50,23 @@ def test_keep_background_aligns_the_original_and_its_mask(size):
     assert torch.equal(keep_outside(seen, original, where), seen)
     with pytest.raises(ValueError, match="same height, width"):
         keep_outside(image, torch.rand(1, 190, 128, 3), mask)
+
+
+@pytest.mark.parametrize("grid", [(16, 18), (8, 9)])
+def test_a_semantic_map_of_the_whole_picture_is_cropped_with_it(grid):
+    """The latent of 16x18 places, and what coarser levels of the network make of it."""
+    labels = torch.randint(0, 3, (1, 5, 5), generator=torch.Generator().manual_seed(0))
+    labels = labels.repeat_interleave(27, 1).repeat_interleave(30, 2)
+    part = cropped_by_the_host(labels, 8)
+    assert labels.shape[1:] == (135, 150)
+    assert part.shape[1:] == (128, 144)
+    regions = SemanticMap(labels, labels.clone())
+    at = regions.at(grid, (16, 18))
+    assert torch.equal(at.content, resample_labels(part, grid))
+    assert torch.equal(at.style, resample_labels(part, (16, 18)))
+    drawn = draw_map(regions, (128, 144), (128, 144))
+    for one, other in zip(drawn, draw_map(SemanticMap(part, part.clone())), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_mask_at_a_latents_grid_is_that_of_its_part():
