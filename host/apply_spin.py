@@ -3,7 +3,7 @@ injection as a patch that works under any sampler and guider, and its style ener
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.modules.attention
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..attention.injection_patch import Chunk, Injection, check_tokens, scaled
 from ..attention.layers import all_cross_attention
+from ..regions.crops import as_encoded
 from ..regions.masks import as_mask, soften
 from ..samplers.inversion import Inversion
 from ..samplers.spin_energy import DEFAULT_WEIGHT, SpinStyleTerm
@@ -115,6 +116,7 @@ def spin_energy(
             "the background's inversion does not say which prompt it was made with: connect that prompt to "
             "background_prompt"
         )
+    mask = as_encoded(as_mask(mask), (background.clean.shape[-2], background.clean.shape[-1]))
     return Energy((SpinStyleTerm(Stream(background, prompt), weight, start, end, mask=mask),))
 
 
@@ -133,7 +135,8 @@ class _Sampling:
             )
         check_latent(self.spin, noise.shape)
         guider = executor.class_obj
-        run = _InjectionRun(self.spin, guider, noise.shape)
+        spin = replace(self.spin, mask=as_encoded(self.spin.mask, (noise.shape[2], noise.shape[3])))
+        run = _InjectionRun(spin, guider, noise.shape)
         # The options are this run's own copy.
         comfy.patcher_extension.add_wrapper_with_key(
             DIFFUSION_MODEL, KEY, run, guider.model_options, is_model_options=True

@@ -9,6 +9,7 @@ import comfy.utils
 import latent_preview
 from torch import Tensor
 
+from ..regions.crops import as_encoded
 from ..regions.masks import as_mask
 from ..regions.semantic_map import SemanticMap
 from ..samplers.guidance_report import GuidanceReport
@@ -137,7 +138,8 @@ class Transfer:
         )
         latent = {"samples": context.to_outer(context.clean)}
         if self.mask is not None:
-            latent["noise_mask"] = as_mask(self.mask)[:, None]
+            grid = context.clean.shape[-2], context.clean.shape[-1]
+            latent["noise_mask"] = as_encoded(as_mask(self.mask), grid)[:, None]
         samples = sample(guider, ReplayNoise(context, self.skip), sampler, context.sigmas[self.skip :], latent)
         return samples, reports[0]
 

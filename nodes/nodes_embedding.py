@@ -16,6 +16,7 @@ from ..host.models import check_same, identify
 from ..host.pseudo_words import IT, make_prompt
 from ..pictures.report_plot import HEIGHT, WIDTH
 from ..pictures.word_plot import embedding_plot
+from ..regions.crops import as_encoded
 from ..regions.masks import as_mask, mask_on_grid
 from ..samplers.inversion import Inversion
 from ..samplers.word_learning import MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
@@ -194,7 +195,8 @@ class SpinEmbedding(io.ComfyNode):
         check_name(name)
         settings = Settings(steps, learning_rate, batch=batch, seed=seed, skip_clean=skip_clean)
         picture = _picture(model, latent, inversion, image, vae)
-        where = None if saliency is None else mask_on_grid(as_mask(saliency, "saliency"), tuple(picture.shape[-2:]))
+        grid = picture.shape[-2], picture.shape[-1]
+        where = None if saliency is None else mask_on_grid(as_encoded(as_mask(saliency, "saliency"), grid), grid)
         prompt = make_prompt(clip, template, class_word, tokens)
         folder = _writable_folder()
 

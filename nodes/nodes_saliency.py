@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..host.find_subject import LOOKS, SIGMA, Request, find_subjects, pixel_size
 from ..host.models import identify, why_unchecked
 from ..pictures.overlay import overlay_subject
+from ..regions.crops import encoded_size, in_picture
 from ..regions.saliency import THRESHOLD, Saliency
 from ..samplers.inversion import Inversion
 from .late import attempt
@@ -183,7 +184,9 @@ def _check_image(image: torch.Tensor | None, reference) -> None:
 def _pixels(subject: Saliency, mode: str, size: tuple[int, int], grow: int) -> torch.Tensor:
     """The mask [H, W] of a picture of this size."""
     places = subject.hard.float() if mode == "hard" else subject.soft
-    mask = F.interpolate(places[None, None], size=size, mode="bilinear")
+    # A picture is encoded without what its sides have beyond whole places.
+    part = encoded_size(size, (places.shape[0], places.shape[1]))
+    mask = in_picture(F.interpolate(places[None, None], size=part, mode="bilinear")[0], size)[None]
     if mode == "hard":
         mask = (mask > 0.5).float()
     window = 2 * abs(grow) + 1

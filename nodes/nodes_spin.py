@@ -147,8 +147,13 @@ class KeepBackground(io.ComfyNode):
             search_aliases=["paste", "composite", "inpaint stitch", "spin"],
             inputs=[
                 io.Image.Input("image", tooltip="The picture that was made."),
-                io.Image.Input("original", tooltip="The background's own picture, of the same size."),
-                io.Mask.Input("mask", tooltip="Where the new picture shows, white. Any size, stretched to theirs."),
+                io.Image.Input(
+                    "original",
+                    tooltip="The background's own picture, of that size or from before VAE Encode cropped it.",
+                ),
+                io.Mask.Input(
+                    "mask", tooltip="Where the new picture shows, white. Of the original's size; another is stretched."
+                ),
                 io.Int.Input(
                     "feather",
                     default=0,

@@ -5,6 +5,7 @@ import colorsys
 import torch
 from torch import Tensor
 
+from .crops import as_decoded
 from .semantic_map import SemanticMap, resample_labels
 
 GOLDEN_ANGLE = 0.381966
@@ -23,10 +24,14 @@ def draw_map(
     """Content and style maps as pictures [B, H, W, 3] in 0..1 of flat colours, one for each label on both sides.
 
     Args:
-        content_size, style_size: (height, width) of the pictures; None for the maps' own.
+        content_size, style_size: (height, width) of the pictures, as a VAE cropped them; None for the maps' own.
     """
     sides = (regions.content.cpu(), content_size), (regions.style.cpu(), style_size)
-    content, style = (resample_labels(labels, size or tuple(labels.shape[1:])) for labels, size in sides)
+    content, style = (_sized(labels, size or (labels.shape[1], labels.shape[2])) for labels, size in sides)
     labels = torch.cat([content.flatten(), style.flatten()]).unique()
     colors = torch.tensor(region_colors(len(labels))) / 255
     return colors[torch.searchsorted(labels, content)], colors[torch.searchsorted(labels, style)]
+
+
+def _sized(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    return resample_labels(as_decoded(labels, size), size).contiguous()

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from .crops import as_decoded
 from .semantic_map import overlap_lengths
 
 # What resizing elsewhere may overshoot 0 and 1 by: bicubic, at a corner of a hard edge, by a fifth.
@@ -106,27 +107,30 @@ def keep_outside(image: Tensor, original: Tensor, mask: Tensor, feather: float =
     """The image inside the mask, the original outside: there its values exactly, whatever the image has.
 
     Args:
-        image: [B, H, W, C]; original: [B', H, W, C], of one size.
-        mask: MASK [B", H', W'] in 0..1, resampled to theirs. Each of B, B' and B" is 1 or the largest of them.
+        image: [B, H, W, C]; original: [B', H, W, C] of its size, or what a VAE cropped to that.
+        mask: MASK [B", H', W'] in 0..1, cropped with the original or resampled to the image. Each of B, B' and B" is 1
+            or the largest of them.
         feather: width in pixels over which the image fades in, inside the mask only.
     Returns:
         [largest, H, W, C] in the original's dtype.
     Raises:
         ValueError: pictures of different sizes or numbers, no mask, a feather below 0.
     """
+    size = image.shape[1], image.shape[2]
+    if original.ndim == 4:
+        original = as_decoded(original, size)
     if image.ndim != 4 or original.ndim != 4 or image.shape[1:] != original.shape[1:]:
         raise ValueError(
             f"the picture {list(image.shape)} and the original {list(original.shape)} must both be [B, H, W, C] with "
             "the same height, width and channels: scale or crop the original to the picture's size"
         )
-    mask = as_mask(mask)
+    mask = as_decoded(as_mask(mask), size)
     count = max(len(image), len(original), len(mask))
     if any(n not in (1, count) for n in (len(image), len(original), len(mask))):
         raise ValueError(
             f"got {len(image)} pictures, {len(original)} originals and {len(mask)} masks: each must be one, or one for "
             f"each of the {count}"
         )
-    size = image.shape[1], image.shape[2]
     weight = soften(mask_on_grid(mask, size), feather)[..., None].to(original)
     blended = torch.lerp(original, image.to(original), weight)
     return torch.where(weight == 0, original, blended)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .crops import as_encoded
+
 
 def check_labels(labels: Tensor, name: str = "labels") -> None:
     """Raise ValueError unless `labels` is an integer tensor [B, H, W] with at least one place."""
@@ -87,11 +89,12 @@ class SemanticMap:
             )
 
     def at(self, content_size: tuple[int, int], style_size: tuple[int, int]) -> "SemanticMap":
-        """The same regions on the grids of a content and a style feature map (height, width), by majority."""
+        """The same regions on the grids of a content and a style feature map (height, width), by majority; maps of
+        pictures that VAE Encode crops are cropped with them."""
         return replace(
             self,
-            content=resample_labels(self.content, content_size),
-            style=resample_labels(self.style, style_size),
+            content=resample_labels(as_encoded(self.content, content_size), content_size),
+            style=resample_labels(as_encoded(self.style, style_size), style_size),
         )
 
     def to(self, device: torch.device | str) -> "SemanticMap":

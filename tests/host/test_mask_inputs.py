@@ -15,6 +15,8 @@ from semantic_style.nodes.nodes_maps import MapFromMasks
 from semantic_style.nodes.nodes_semantix import AS_SET, KSampler
 from semantic_style.nodes.nodes_spin import ApplySpin, KeepBackground, SpinStyleEnergy
 
+import nodes
+
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
 PROMPT, EMPTY = conditioning(1), conditioning(2)
@@ -89,8 +91,8 @@ INPUTS = {
 
 
 def test_these_are_all_mask_inputs():
-    nodes = asyncio.run(SemanticStyleExtension().get_node_list())
-    schemas = [node.define_schema() for node in nodes]
+    every = asyncio.run(SemanticStyleExtension().get_node_list())
+    schemas = [node.define_schema() for node in every]
     found = {(s.node_id, i.id) for s in schemas for i in s.inputs if isinstance(i, io.Mask.Input)}
     assert found == set(INPUTS)
 
@@ -102,6 +104,26 @@ def test_a_mask_with_a_channel_axis_or_without_batch_is_the_same(use, model, inv
     expected = use(mask, model, inversion)
     for same in (mask[:, None], mask[0], mask.half()):
         assert torch.equal(use(same, model, inversion), expected)
+
+
+@pytest.mark.parametrize("use", [embedding, restyled, energy], ids=lambda use: use.__name__)
+def test_a_mask_of_the_picture_before_its_encoding_is_cropped_with_it(use, model, inversion):
+    """The latent of 8x8 places stands for the middle 64x64 of 71x70 pixels."""
+    mask = torch.zeros(1, 71, 70)
+    mask[:, 3 + 16 : 3 + 48, 3 + 8 : 3 + 40] = 1
+    assert torch.equal(use(mask, model, inversion), use(mask[:, 3:67, 3:67], model, inversion))
+
+
+def test_a_spun_mask_is_cropped_with_the_picture_as_well(model):
+    mask = torch.zeros(1, 71, 70)
+    mask[:, 3 + 16 : 3 + 48, 3 + 8 : 3 + 40] = 1
+    image = {"samples": torch.zeros(1, 4, 8, 8)}
+
+    def made(mask):
+        patched = ApplySpin.execute(model, PROMPT, EMPTY, mask, 1.0, 0.0, 1.0, 0).result[0]
+        return nodes.common_ksampler(patched, 0, 2, 3.0, "euler", "normal", EMPTY, EMPTY, image)[0]["samples"]
+
+    assert torch.equal(made(mask), made(mask[:, 3:67, 3:67]))
 
 
 @pytest.mark.parametrize("use", INPUTS.values(), ids=lambda use: use.__name__)

@@ -96,6 +96,14 @@ def test_pictures_that_do_not_fit_the_memory_together_are_looked_at_apart(model,
         run(model, **{**given, "prompt": single})
 
 
+def test_the_mask_of_a_picture_with_odd_sides_lies_where_it_was_seen(model):
+    """A latent of 16x12 places stands for the middle 128x96 of 135x101 pixels."""
+    given = {"latent": {"samples": latent()}, "prompt": EMPTY}
+    expected, odd = (run(model, **given, image=torch.zeros(1, *size, 3))[0] for size in ((128, 96), (135, 101)))
+    assert odd.shape == (1, 135, 101)
+    assert torch.equal(odd[:, 3:131, 2:98], expected)
+
+
 def test_a_preview_that_fails_does_not_lose_the_mask(model, monkeypatch):
     given = {"latent": {"samples": latent()}, "prompt": EMPTY}
     expected = run(model, **given)[0]
