@@ -19,9 +19,10 @@ from typing import Any
 from . import batch
 from .farm import ROOT
 from .graph import Graph
-from .jobs import Job, LocalFile
+from .jobs import Job
 from .journal import FAILED, LOST, Journal
 from .outputs import PartFile, part_name
+from .request import LocalFile
 from .scheduler import GivenUpError, Report, Settings, upload_name
 
 # Contents that many jobs use, a style for example, are put into Ray's store once.
