@@ -1,15 +1,16 @@
-"""What the batch runner costs: against a bare loop over ComfyUI's API, and on jobs that cost nothing.
+"""What the batch runner costs: against a bare loop over the API, and on jobs that cost nothing.
 
 python tools/run.py benchmarks.batch_speed [--server ADDRESS] [--jobs 10] [--steps 4] [--rounds 3] [--trivial 1000]
 
-The first part needs ComfyUI; it is started where no server is named. Both ways run the same graphs with the same two
-jobs in the queue, alternated, and every round has seeds of its own, so that nothing comes from a cache. On a machine
-that does other things as well, how long the server stood idle between runs tells more than the seconds. The second part
-runs on the stand-in for a server that the tests use, in a process of its own. POSIX only.
+Three parts: many trivial jobs on the stand-in for a server that the tests use, in a process of its own; jobs of half a
+second there; and pictures of the demo model on ComfyUI, which is started where no server is named. The bare loop keeps
+as many graphs in the queue and runs the same ones, in turns with the batch; every round has seeds of its own, so that
+nothing comes from a cache. On a machine that does other things as well, the part in the middle says most. POSIX only.
 """
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +58,12 @@ def batch(workflow: Path, server: str, over: str, out: Path) -> Cost:
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def idle(server: str, jobs: int) -> float:
-    """Share of the time that the server stood idle between its last so many runs, by its own clock."""
+def idle(server: str, jobs: int) -> float | None:
+    """Share of the time that the server stood idle between its last so many runs, by its own clock if it tells it."""
     with urllib.request.urlopen(f"http://{server}/history?max_items={jobs}") as answer:
         runs = json.load(answer).values()
+    if not all("timestamp" in data for run in runs for _, data in run["status"]["messages"]):
+        return None
     said = [{kind: data["timestamp"] for kind, data in run["status"]["messages"]} for run in runs]
     spans = sorted((words["execution_start"], words["execution_success"]) for words in said)
     assert len(spans) == jobs
@@ -87,58 +91,69 @@ async def bare(graphs: list[dict], server: str, folder: Path) -> float:
     return time.time() - started
 
 
-def against_a_bare_loop(server: str, options: argparse.Namespace, folder: Path) -> None:
+def demo_graph(steps: int) -> tuple[dict, str]:
+    """The graph of `paperland_text_to_image` for one picture, and the node that has its seed."""
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
     (sampler,) = (number for number, node in workflow.items() if node["class_type"] == "KSampler")
-    workflow[sampler]["inputs"]["steps"] = options.steps
+    workflow[sampler]["inputs"]["steps"] = steps
     for node in workflow.values():
         node["inputs"] |= {"batch_size": 1} if "batch_size" in node["inputs"] else {}
+    return workflow, sampler
+
+
+def against_a_bare_loop(server: str, workflow: dict, seeded: str, jobs: int, rounds: int, folder: Path) -> None:
+    """Both ways in turns; where the server's history has times, also how long it was idle."""
+    folder.mkdir()
     file = folder / "workflow.json"
     file.write_text(json.dumps(workflow))
     walls: dict[str, list[float]] = {"bare": [], "batch": []}
-    idles: dict[str, list[float]] = {"bare": [], "batch": []}
+    idles: dict[str, list[float | None]] = {"bare": [], "batch": []}
     seeds = itertools.count(1)
-    for number in range(-1, options.rounds):
+    for number in range(-1, rounds):
         graphs = []
-        for seed in itertools.islice(seeds, options.jobs):
+        for seed in itertools.islice(seeds, jobs):
             graph = json.loads(file.read_text())
-            graph[sampler]["inputs"]["seed"] = seed
+            graph[seeded]["inputs"]["seed"] = seed
             graphs.append(graph)
-        measured = {"bare": (asyncio.run(bare(graphs, server, folder)), idle(server, options.jobs))}
-        over = f"{sampler}.seed=" + "|".join(map(str, itertools.islice(seeds, options.jobs)))
+        measured = {"bare": (asyncio.run(bare(graphs, server, folder)), idle(server, jobs))}
+        over = f"{seeded}.seed=" + "|".join(map(str, itertools.islice(seeds, jobs)))
         cost = batch(file, server, over, folder / f"round_{number}")
-        measured["batch"] = cost.wall, idle(server, options.jobs)
+        measured["batch"] = cost.wall, idle(server, jobs)
         if number >= 0:  # the first one warms up
             for way, (wall, share) in measured.items():
-                walls[way].append(wall / options.jobs)
+                walls[way].append(wall / jobs)
                 idles[way].append(share)
     for way in walls:
         seconds = ", ".join(f"{wall:.3f}" for wall in walls[way])
-        shares = ", ".join(f"{share:.2%}" for share in idles[way])
-        print(f"{way:6} {statistics.median(walls[way]):.3f} s a job ({seconds}); the server idle for {shares}")
+        shares = ", ".join(f"{share:.2%}" for share in idles[way] if share is not None)
+        told = f"; the server idle for {shares}" if shares else ""
+        print(f"{way:6} {statistics.median(walls[way]):.3f} s a job ({seconds}){told}")
     more = [b / a - 1 for a, b in zip(walls["bare"], walls["batch"], strict=True)]
     print(f"the batch takes {statistics.median(more):+.1%} more ({', '.join(f'{share:+.1%}' for share in more)})")
 
 
-def trivial(count: int, folder: Path) -> None:
-    """Jobs a second, and CPU time and memory that each job more costs."""
-    sys.path.insert(0, str(STAND_IN.parent))
-    import stub_comfy
-
-    file = folder / "trivial.json"
-    file.write_text(json.dumps(stub_comfy.graph()))
-    process = subprocess.Popen([sys.executable, STAND_IN], stdout=subprocess.PIPE, text=True)
-    try:
+@contextlib.contextmanager
+def stand_in(seconds: float) -> Iterator[str]:
+    """The address of a stand-in for a server whose runs take so long."""
+    command = [sys.executable, STAND_IN, "--seconds", str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        server = process.stdout.readline().strip()
-        costs = {}
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def trivial(workflow: dict, count: int, folder: Path) -> None:
+    """Jobs a second, and CPU time and memory that each job more costs."""
+    file = folder / "trivial.json"
+    file.write_text(json.dumps(workflow))
+    costs = {}
+    with stand_in(0.0) as server:
         for jobs in (10, count):
             texts = folder / f"texts_{jobs}"
             texts.write_text("\n".join(f"{jobs} {number}" for number in range(jobs)))
             costs[jobs] = batch(file, server, f"Work.text=@{texts}", folder / f"trivial_{jobs}")
-    finally:
-        process.kill()
-        process.wait()
     few, many = costs[10], costs[count]
     print(f"{count} trivial jobs: {count / many.wall:.0f} jobs a second, the stand-in's work included")
     print(
@@ -153,13 +168,23 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=10, help="of each round")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=0.5, help="that a run takes on the stand-in")
     parser.add_argument("--trivial", type=int, default=1000, help="jobs of the second part")
     options = parser.parse_args()
+    sys.path.insert(0, str(STAND_IN.parent))
+    import stub_comfy
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        trivial(options.trivial, folder)
+        trivial(stub_comfy.graph(), options.trivial, folder)
+        print(f"\nOn a stand-in whose runs take {options.seconds:g} s:")
+        with stand_in(options.seconds) as server:
+            against_a_bare_loop(server, stub_comfy.graph(), "2", 2 * options.jobs, options.rounds, folder / "stand_in")
+        print(f"\nOn ComfyUI, the demo model's pictures in {options.steps} steps:")
         with farm.servers(0 if options.server else 1, folder) as started:
-            against_a_bare_loop(options.server or started[0], options, folder)
+            graph, seeded = demo_graph(options.steps)
+            server = options.server or started[0]
+            against_a_bare_loop(server, graph, seeded, options.jobs, options.rounds, folder / "comfyui")
 
 
 if __name__ == "__main__":

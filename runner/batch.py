@@ -25,9 +25,10 @@ from .api import Api, ApiError
 from .check import problems
 from .convert import ConversionError, Definitions, is_ui_form, to_api
 from .graph import Graph, Progress, node_title
-from .jobs import Job, JobError, LocalFile, Request, hash_of_file, make_jobs
+from .jobs import Job, Request, hash_of_file, make_jobs
 from .journal import DONE, FAILED, Journal, JournalError, Row
 from .launch import ServerError
+from .request import JobError, LocalFile
 from .scheduler import Batch, GivenUpError, Settings
 
 DEFAULT_SERVER = "127.0.0.1:8188"
@@ -98,14 +99,14 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         headers = read_headers(options.header)
         workflow = read_workflow(options.workflow)
-        if options.ray:
+        if options.ray and not options.dry_run:
             from . import cluster
 
             return cluster.run(options, workflow)
         with farm.servers(options.start, options.out or out_folder(options)) as started:
             addresses = [*options.server, *started]
             return _interruptible(run(options, workflow, addresses or [DEFAULT_SERVER], headers))
-    except (RefusedError, ServerError, JobError, ConversionError, JournalError, farm.FarmError) as error:
+    except (RefusedError, ServerError, JobError, ConversionError, JournalError, GivenUpError, farm.FarmError) as error:
         print(f"Nothing was run:\n{_indented(str(error))}", file=sys.stderr)
         return NOT_STARTED
     except KeyboardInterrupt:

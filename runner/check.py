@@ -7,7 +7,8 @@ from typing import Any
 
 from .convert import DYNAMIC, Definitions, connects, options_of, spec_of
 from .graph import Graph, node_title
-from .jobs import Job, LocalFile, Target, takes_uploads
+from .jobs import Job
+from .request import LocalFile, Target, takes_uploads
 
 EXAMPLES = 3
 CHOICES = 6

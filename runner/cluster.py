@@ -19,14 +19,15 @@ from typing import Any
 from . import batch
 from .farm import ROOT
 from .graph import Graph
-from .jobs import Job, LocalFile
+from .jobs import Job
 from .journal import FAILED, LOST, Journal
 from .outputs import PartFile, part_name
+from .request import LocalFile
 from .scheduler import GivenUpError, Report, Settings, upload_name
 
 # Contents that many jobs use, a style for example, are put into Ray's store once.
 KEPT_CONTENTS = 64
-LOOK_SECONDS = 1.0
+CLOSE_SECONDS = 15.0
 
 Outcome = dict[str, Any]
 Server = Callable[[], AbstractContextManager[str]]
@@ -112,8 +113,13 @@ class Crew:
             self._pass(workflow, starved, journal, report, alone=True)
 
     def dismiss(self) -> None:
+        """End the actors and their ComfyUI; those that are at work without letting them clear up."""
         import ray
 
+        if self._there:
+            ray.wait(
+                [actor.close.remote() for actor in self._there], num_returns=len(self._there), timeout=CLOSE_SECONDS
+            )
         for actor in self.actors:
             ray.kill(actor)
 
@@ -248,6 +254,9 @@ def actor_class() -> type:
 
         def ready(self) -> bool:
             return True
+
+        def close(self) -> None:
+            self.stack.close()
 
         def definitions(self) -> dict[str, Any]:
             return self.client.object_info()

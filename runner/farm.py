@@ -19,7 +19,7 @@ class FarmError(RuntimeError):
 
 
 @contextlib.contextmanager
-def servers(count: int, logs: Path, gpus: bool = True) -> Iterator[list[str]]:
+def servers(count: int, logs: Path) -> Iterator[list[str]]:
     """The addresses of `count` ComfyUI with the pack, on a GPU each if there is more than one; logs go into `logs`.
 
     They see the models of the ComfyUI that is found, and write into folders of their own, which vanish with them.
@@ -37,7 +37,7 @@ def servers(count: int, logs: Path, gpus: bool = True) -> Iterator[list[str]]:
         logs.mkdir(parents=True, exist_ok=True)
 
         def start(number: int) -> str:
-            choice = ["--cuda-device", str(number)] if accelerated and gpus and count > 1 else []
+            choice = ["--cuda-device", str(number)] if accelerated and count > 1 else []
             log = logs / f"comfyui_{number}.log"
             server = launch.comfy_server(host, ROOT, log=log, arguments=[*choice, *models])
             return stack.enter_context(server).address

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .jobs import Job, LocalFile, hash_of_file
+from .jobs import Job, hash_of_file
 from .outputs import Fetched, is_there, leftovers, move_into_place
+from .request import LocalFile
 
 FILE = "journal.sqlite"
 VERSION = "1"

@@ -75,6 +75,8 @@ class Run:
 
 
 class Worker:
+    """Runs jobs of `batch` on the server of `api`, so many at a time; one for each server."""
+
     def __init__(self, batch: Batch, api: Api) -> None:
         self.batch = batch
         self.api = api

@@ -159,6 +159,7 @@ class Stub:
                 web.get("/object_info", self._object_info),
                 web.get("/queue", self._queue),
                 web.post("/queue", self._delete),
+                web.get("/history", self._histories),
                 web.get("/history/{id}", self._history),
                 web.get("/view", self._view),
                 web.post("/upload/image", self._upload),
@@ -249,6 +250,10 @@ class Stub:
         unwanted = (await request.json()).get("delete", [])
         self.pending = [item for item in self.pending if item[0] not in unwanted]
         return web.Response()
+
+    async def _histories(self, request: web.Request) -> web.Response:
+        last = list(self.history.items())[-int(request.query.get("max_items", 0)) :]
+        return web.json_response(dict(last))
 
     async def _history(self, request: web.Request) -> web.Response:
         number = request.match_info["id"]

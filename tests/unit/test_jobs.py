@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from semantic_style.runner.check import problems
-from semantic_style.runner.jobs import Job, JobError, LocalFile, Request, hash_of_file, make_jobs, slug
+from semantic_style.runner.jobs import Job, Request, hash_of_file, make_jobs, slug
+from semantic_style.runner.request import JobError, LocalFile
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from semantic_style.runner import journal as module
 from semantic_style.runner import outputs
-from semantic_style.runner.jobs import Job, LocalFile
+from semantic_style.runner.jobs import Job
 from semantic_style.runner.journal import Journal, JournalError
 from semantic_style.runner.outputs import Fetched, PartFile, made_files, part_name
+from semantic_style.runner.request import LocalFile
 
 GRAPH = {
     "2": {"class_type": "SaveImage", "inputs": {}, "_meta": {"title": "Keep / this"}},
