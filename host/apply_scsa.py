@@ -18,6 +18,7 @@ from ..attention.scsa_patch import Entered, Reader, Scsa, block_inputs, check_fr
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from .conditioning import REFERENCE, has_motion, merged_conds, stream_conds
+from .extra_calls import extra_call_options
 from .invert import InversionSampler
 from .models import check_invertible, check_same, identify
 from .versions import free_memory, without_clones
@@ -274,12 +275,8 @@ class _ScsaRun:
         read = []
         for conds, latent in calls:
             reader = Reader(self.scsa.layers, self.scsa.seen)
-            options = comfy.model_patcher.create_model_options_clone(model_options)
-            # The model as it is, without the patches of the picture being made.
-            to: Options = {
-                k: v for k, v in options.get("transformer_options", {}).items() if not k.startswith("patches")
-            }
-            options["transformer_options"] = {**reader.options(to), REFERENCE: True}
+            options = extra_call_options(model_options)
+            options["transformer_options"] = reader.options(options["transformer_options"])
             with torch.inference_mode():
                 sigma = timestep[:1].expand(len(latent)).clone()
                 executor(model, [conds], latent.clone(), sigma, options)

@@ -8,6 +8,7 @@ import comfy.patcher_extension
 import folder_paths
 import pytest
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode
 from newer_hosts import dynamic
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -180,6 +181,11 @@ def test_attention_patches_are_left_aside_and_wrappers_stay(model, clip):
     assert len(seen) == 6 + 3
     assert all(options[REFERENCE] for options in seen)
     assert "attn2_patch" in patched.model_options["transformer_options"]["patches"]
+
+
+def test_a_step_cache_is_left_aside(model, clip):
+    cached = EasyCacheNode.execute(model, 1e9, 0.0, 1.0, False)[0]
+    assert learn_embedding(task(cached, clip)).losses == learn_embedding(task(model, clip)).losses
 
 
 def test_weights_patches_count(model, clip):
