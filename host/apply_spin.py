@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 KEY = "semantic_style_spin"
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-DIFFUSION_MODEL = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-# Where the host's network takes `transformer_options` when it is called by position.
+# Around the network, and outside of what torch compiles of it.
+APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+# Where the host's model takes `transformer_options` when it is called by position.
 OPTIONS_AT = 5
 # What else a CONDITIONING may say; the injection takes its tokens only.
 _NOT_TAKEN = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent")
@@ -135,9 +136,7 @@ class _Sampling:
         guider = executor.class_obj
         run = _InjectionRun(self.spin, guider, noise.shape)
         # The options are this run's own copy.
-        comfy.patcher_extension.add_wrapper_with_key(
-            DIFFUSION_MODEL, KEY, run, guider.model_options, is_model_options=True
-        )
+        comfy.patcher_extension.add_wrapper_with_key(APPLY_MODEL, KEY, run, guider.model_options, is_model_options=True)
         out = executor(noise, latent_image, sampler, *args, **kwargs)
         if reason := run.why_nothing():
             logging.warning("Semantic Style: Spin's injection never acted in this run: %s.", reason)
@@ -164,7 +163,7 @@ def check_latent(spin: Spin, shape: torch.Size) -> None:
 
 
 class _InjectionRun:
-    """DIFFUSION_MODEL: the injection in the options of every call of the network for the picture being made."""
+    """APPLY_MODEL: the injection in the options of every call of the network for the picture being made."""
 
     def __init__(self, spin: Spin, guider: Any, shape: torch.Size) -> None:
         self.spin, self.guider, self.size = spin, guider, (shape[2], shape[3])
@@ -190,7 +189,7 @@ class _InjectionRun:
         self.called = True
         if not self._acts(to):
             return executor(x, *args, **kwargs)
-        options = self._injection(executor.class_obj).options(to, self._chunks(to, x))
+        options = self._injection(executor.class_obj.diffusion_model).options(to, self._chunks(to, x), x)
         if named:
             return executor(x, *args, **{**kwargs, "transformer_options": options})
         return executor(x, *args[: OPTIONS_AT - 1], options, *args[OPTIONS_AT:], **kwargs)
