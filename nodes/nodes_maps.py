@@ -1,5 +1,6 @@
 """Semantic maps from colour-coded pictures and from masks, and a look at them."""
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
@@ -15,6 +16,11 @@ from .types import SemanticMap as SemanticMapSocket
 CATEGORY = "semantic_style/maps"
 # More are hardly anybody's drawing.
 MANY = 32
+ONE_REGION = (
+    "The pictures have several colours but one region came out. Colours that lie within 10 of 255 of each other stay "
+    "apart only in clean files: flat colours, saved as PNG, neither compressed nor resized with smoothing. Paint the "
+    "regions in colours that differ more, or use Semantic Map from Masks."
+)
 
 
 class MapFromColors(io.ComfyNode):
@@ -60,11 +66,14 @@ class MapFromColors(io.ComfyNode):
 
     @classmethod
     def execute(cls, content, style, number: int, smallest: float) -> io.NodeOutput:
-        found = regions_from_colors(_rgb(content), _rgb(style), number, smallest / 100)
+        check = comfy.model_management.throw_exception_if_processing_interrupted
+        found = regions_from_colors(_rgb(content), _rgb(style), number, smallest / 100, check)
         names = {label: _hex(color) for label, color in enumerate(found.colors, 1)}
         many = ""
         if len(names) > MANY and not number:
             many = f"{len(names)} regions are many: are the pictures colour-coded maps? Give the number if you know it."
+        elif len(names) == 1 and number != 1 and any((p != p[:1, :1, :1]).any() for p in (content, style)):
+            many = ONE_REGION
         report = _lines(describe(found.regions, names), many, warnings(found.regions))
         return io.NodeOutput(found.regions, report, ui=ui.PreviewText(report))
 

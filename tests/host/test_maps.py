@@ -44,6 +44,14 @@ def test_the_smallest_region_is_in_percent():
         assert len(MapFromColors.execute(spotted, spotted, 0, smallest).result[0].content.unique()) == number
 
 
+def test_one_region_of_several_colours_is_doubted():
+    ramp = torch.linspace(0.5, 0.52, 48).reshape(1, 1, 48, 1).expand(1, 32, 48, 3)
+    regions, report = MapFromColors.execute(ramp, ramp, 0, 0.5).result
+    assert len(regions.content.unique()) == 1
+    assert "neither compressed nor resized" in report
+    assert "compressed" not in MapFromColors.execute(picture(RED, RED), picture(RED, RED), 0, 0.5).result[1]
+
+
 def test_many_colours_are_doubted():
     colors = torch.rand(6, 6, 3, generator=torch.Generator().manual_seed(0))
     many = colors.repeat_interleave(8, 0).repeat_interleave(8, 1)[None]

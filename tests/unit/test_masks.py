@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from semantic_style.regions.masks import as_mask, check_partial, keep_outside, mask_on_grid, soften
+from semantic_style.regions.masks import as_mask, check_partial, grow, keep_outside, mask_on_grid, soften
 
 
 def random(*shape, seed=0):
@@ -79,6 +79,17 @@ def test_the_border_of_the_picture_is_no_edge():
     for radius in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="0 or more pixels"):
             soften(half, radius)
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 3, 40])
+def test_growing_takes_the_largest_of_a_square_and_shrinking_the_smallest(pixels):
+    mask = random(2, 11, 17)
+    window = 2 * pixels + 1
+    for sign in (1, -1):
+        expected = sign * torch.nn.functional.max_pool2d(sign * mask[:, None], window, 1, pixels)[:, 0]
+        assert torch.equal(grow(mask, sign * pixels), expected)
+    inside = mask > 0.9
+    assert torch.equal(grow(inside, pixels), grow(inside.double(), pixels) > 0)
 
 
 def test_what_is_taken_for_a_mask():
