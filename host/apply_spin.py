@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..attention.injection_patch import Chunk, Injection, check_tokens, scaled
 from ..attention.layers import all_cross_attention
-from ..regions.masks import as_mask, soften
+from ..regions.masks import as_mask, numbers, soften
 from ..samplers.inversion import Inversion
 from ..samplers.spin_energy import DEFAULT_WEIGHT, SpinStyleTerm
 from ..samplers.terms import Energy, Stream
@@ -117,6 +117,17 @@ def spin_energy(
             "background_prompt"
         )
     return Energy((SpinStyleTerm(Stream(background, prompt), weight, start, end, mask=mask),))
+
+
+def left_out(energy: Energy) -> str:
+    """Which pictures a style energy leaves out because their mask is empty; a warning in the log says so, too."""
+    lines = []
+    for term in energy.terms:
+        empty = ~term.mask.flatten(1).any(dim=1) if isinstance(term, SpinStyleTerm) else torch.zeros(0)
+        if empty.any():
+            lines.append(f"Left out, their masks being empty: {numbers(empty)} of {len(empty)} frames")
+            logging.warning("Spin Style Energy: %s", lines[-1])
+    return "\n".join(lines)
 
 
 class _Sampling:

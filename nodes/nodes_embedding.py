@@ -16,9 +16,9 @@ from ..host.models import check_same, identify
 from ..host.pseudo_words import IT, make_prompt
 from ..pictures.report_plot import HEIGHT, WIDTH
 from ..pictures.word_plot import embedding_plot
-from ..regions.masks import as_mask, mask_on_grid
+from ..regions.masks import as_mask, mask_on_grid, numbers
 from ..samplers.inversion import Inversion
-from ..samplers.word_learning import MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
+from ..samplers.word_learning import LEAST_PLACES, MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
 from .late import attempt
 from .nodes_inversion import MAX_SEED
 from .schema import advanced, schema
@@ -194,7 +194,10 @@ class SpinEmbedding(io.ComfyNode):
         check_name(name)
         settings = Settings(steps, learning_rate, batch=batch, seed=seed, skip_clean=skip_clean)
         picture = _picture(model, latent, inversion, image, vae)
-        where = None if saliency is None else mask_on_grid(as_mask(saliency, "saliency"), tuple(picture.shape[-2:]))
+        where, empty = None, ""
+        if saliency is not None:
+            where = mask_on_grid(as_mask(saliency, "saliency"), (picture.shape[-2], picture.shape[-1]))
+            picture, where, empty = _with_subject(picture, where)
         prompt = make_prompt(clip, template, class_word, tokens)
         folder = _writable_folder()
 
@@ -225,9 +228,10 @@ class SpinEmbedding(io.ComfyNode):
         tell(learned)
         saved, not_saved = attempt(f"Saving embedding:{name}", lambda: keep(learned, name, overwrite), "")
         conditioning = clip.encode_from_tokens_scheduled(prompt.with_vectors(learned.vectors))
+        said = "; ".join(filter(None, [not_saved or summary(learned), empty]))
         report, _ = attempt(
             "The report",
-            lambda: _report(model, vae, picture, learned, saved or name, not_saved or summary(learned)),
+            lambda: _report(model, vae, picture, learned, saved or name, said),
             torch.zeros(1, HEIGHT, WIDTH, 3),
         )
         # No prompt shall name what is not there.
@@ -268,6 +272,16 @@ def _picture(model: Any, latent: dict | None, inversion: Inversion | None, image
         raise ValueError("an image needs a vae to encode it: connect the one that belongs to the model")
     assert image is not None
     return vae.encode(image[..., :3])
+
+
+def _with_subject(picture: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Pictures and masks without those whose mask is empty, and a line that names them."""
+    there = saliency.flatten(1).sum(dim=1) >= LEAST_PLACES
+    if len(there) != len(picture) or there.all() or not there.any():
+        return picture, saliency, ""
+    said = f"left out, their masks being empty: {numbers(~there)} of {len(there)} pictures"
+    logging.warning("Spin Embedding: %s", said)
+    return picture[there.to(picture.device)], saliency[there], said
 
 
 def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, note: str) -> Tensor:

@@ -45,12 +45,21 @@ def as_mask(mask: Tensor, name: str = "mask", may_be_empty: bool = False) -> Ten
     return mask.clamp(0.0, 1.0)
 
 
-def check_partial(mask: Tensor, name: str = "mask") -> None:
-    """Raise ValueError unless each of the masks [B, H, W] has both an inside and an outside."""
+def numbers(which: Tensor) -> str:
+    """The places of True in a vector as numbers from 1: "2, 5 to 7"; empty without any."""
+    runs: list[list[int]] = []
+    for i in (which.nonzero().flatten() + 1).tolist():
+        if runs and runs[-1][-1] == i - 1:
+            runs[-1] = [runs[-1][0], i]
+        else:
+            runs.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)
+
+
+def check_outside(mask: Tensor, name: str = "mask") -> None:
+    """Raise ValueError unless each of the masks [B, H, W] has an outside."""
     for i, one in enumerate(mask):
         which = f"the {name}" if len(mask) == 1 else f"number {i + 1} of the {len(mask)} {name}s"
-        if float(one.max()) <= 0.0:
-            raise ValueError(f"{which} is empty: it is 0 everywhere. Paint the part that is meant white")
         if float(one.min()) >= 1.0:
             raise ValueError(f"{which} is full: it is 1 everywhere, and nothing is left outside. Paint a part black")
 

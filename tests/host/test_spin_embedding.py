@@ -311,6 +311,19 @@ def test_a_mask_of_another_size_counts_by_area(model, clip):
     assert not torch.allclose(a, c, atol=1e-6)
 
 
+def test_pictures_with_an_empty_mask_are_left_out_and_named(model, clip, caplog):
+    frames, mask = torch.cat([latent(), latent(seed=2), latent(seed=3)]), torch.zeros(3, 8, 8)
+    mask[0, 2:5] = mask[2, 3:7] = 1
+    first, _, report = run_node(model, clip, latent={"samples": frames}, saliency=mask)
+    assert "left out, their masks being empty: 2 of 3 pictures" in caplog.text
+    kept = [0, 2]
+    alone, _, other = run_node(model, clip, latent={"samples": frames[kept]}, saliency=mask[kept])
+    assert torch.equal(first[0][0], alone[0][0])
+    assert not torch.equal(report, other), "the report says it"
+    with pytest.raises(ValueError, match="empty"):
+        run_node(model, clip, latent={"samples": frames}, saliency=0 * mask)
+
+
 def test_an_inversion_or_an_image_in_the_latent_s_place(model, clip, demo):
     inversion = invert_ddim(InversionTask(model, conditioning(1), conditioning(1), latent(), 2, "normal", 1.0, 0))
     run_node(model, clip, name="a", latent=None, inversion=inversion)
