@@ -77,6 +77,14 @@ def test_a_batch_a_list_and_flat_masks_are_the_same():
         ]
 
 
+def test_tracked_masks_come_as_a_list_of_clips():
+    clips = [HALVES[:1].expand(3, -1, -1), HALVES[1:].expand(3, -1, -1)]
+    regions, report = MapFromMasks.execute(clips, [HALVES], ["auto"], [3], ["region by region"]).result
+    assert regions.content.shape == (3, 40, 40)
+    assert regions.content[2, 0].tolist() == [1] * 20 + [2] * 20
+    assert report.startswith("2 regions")
+
+
 def test_overlaps_and_gaps_are_reported():
     unclear = masks([1] * 30 + [0] * 10, [0] * 20 + [1] * 14 + [0] * 6)
     overlapped = (
@@ -94,7 +102,7 @@ def test_overlaps_and_gaps_are_reported():
 def test_refused_masks():
     with pytest.raises(ValueError, match=r"content masks have different sizes \(20x40, 40x40\)"):
         MapFromMasks.execute([HALVES, HALVES[:, :, :20]], [HALVES], ["auto"])
-    with pytest.raises(ValueError, match="content has 2 masks and style 1"):
+    with pytest.raises(ValueError, match=r"content has 2 masks \(2 regions in 1 frames\) and style 1"):
         MapFromMasks.execute([HALVES], [HALVES[:1]], ["auto"])
     with pytest.raises(ValueError, match="gaps is 'no'"):
         MapFromMasks.execute([HALVES], [HALVES], ["no"])

@@ -596,7 +596,7 @@ def test_frames_with_an_empty_mask_are_left_out_and_named(model):
     x = random(3, 4, *SIZE, seed=9)
 
     def guided(energy, x):
-        return predict(EnergyGuider(model, POSITIVE, NEGATIVE, 1.0, energy, cache=None), x)
+        return predict(ReportingGuider(model, POSITIVE, NEGATIVE, 1.0, energy, cache=None), x)
 
     out, plain = guided(energy, x), guided(spin_energy(background, mask, 0.0), x)
     torch.testing.assert_close(out[1], plain[1], rtol=0, atol=1e-5)
