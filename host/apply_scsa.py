@@ -146,6 +146,15 @@ class _Sampling:
         guider, content = executor.class_obj, self.patch.pictures.content.clean
         if isinstance(sampler, InversionSampler):
             raise ValueError("this MODEL has SCSA, which makes pictures: invert with the model from before that node")
+        if noise.shape[1] == content.shape[1] and noise.ndim == 4 and noise.shape[2:] != content.shape[2:]:
+            (h, w), (theirs_h, theirs_w) = noise.shape[2:], content.shape[2:]
+            raise ValueError(
+                f"SCSA was made for a content latent of {theirs_w}x{theirs_h}, the one being sampled is {w}x{h}. For a "
+                "pass at another size (hires fix) add four nodes: Upscale Image of the content's picture to that size, "
+                "VAE Encode, DDIM Inversion of it (the same prompt and steps), and its own Apply SCSA with that "
+                "inversion as content, the same style and semantic_map, on the MODEL from before the first Apply SCSA; "
+                "that one's MODEL goes to this sampler"
+            )
         if noise.shape[1:] != content.shape[1:] or len(noise) % len(content):
             raise ValueError(
                 f"SCSA was made for a content latent {list(content.shape)}, the one being sampled is "
