@@ -26,6 +26,8 @@ from .types import Inversion as InversionSocket
 
 CATEGORY = "semantic_style/spin"
 CANCELLED = "_cancelled"
+# ComfyUI runs a node again when what is connected to it changes, and knows nothing of files that a text names.
+TYPED = "prompts that were run keep the old word until their text changes"
 
 
 class SpinEmbedding(io.ComfyNode):
@@ -130,7 +132,9 @@ class SpinEmbedding(io.ComfyNode):
                     "overwrite",
                     default=False,
                     optional=True,
-                    tooltip="Replace an embedding of that name instead of adding a number.",
+                    tooltip="Replace an embedding of that name instead of adding a number. A prompt that was typed and "
+                    "run before keeps the old word until its text changes (a space will do); one that this node is "
+                    "connected to follows by itself.",
                 ),
                 io.Float.Input(
                     "skip_clean",
@@ -226,12 +230,17 @@ class SpinEmbedding(io.ComfyNode):
         task = Task(model, prompt, picture, where, settings, checkpointing, broken_off)
         learned = learn_embedding(task)
         tell(learned)
+        taken = free_name(name, _folders()) != name
         saved, not_saved = attempt(f"Saving embedding:{name}", lambda: keep(learned, name, overwrite), "")
         conditioning = clip.encode_from_tokens_scheduled(prompt.with_vectors(learned.vectors))
-        said = "; ".join(filter(None, [not_saved or summary(learned), empty]))
+        replaced = f"embedding:{name} replaced: {TYPED}" if taken and saved == name else ""
+        notes = [note for note in (replaced, empty) if note]
+        for note in notes:
+            logging.warning("Spin Embedding: %s", note)
+        said = not_saved or summary(learned), "; ".join(notes)
         report, _ = attempt(
             "The report",
-            lambda: _report(model, vae, picture, learned, saved or name, said),
+            lambda: _report(model, vae, picture, learned, saved or name, *said),
             torch.zeros(1, HEIGHT, WIDTH, 3),
         )
         # No prompt shall name what is not there.
@@ -280,11 +289,10 @@ def _with_subject(picture: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor, st
     if len(there) != len(picture) or there.all() or not there.any():
         return picture, saliency, ""
     said = f"left out, their masks being empty: {numbers(~there)} of {len(there)} pictures"
-    logging.warning("Spin Embedding: %s", said)
     return picture[there.to(picture.device)], saliency[there], said
 
 
-def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, note: str) -> Tensor:
+def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, note: str, warning: str) -> Tensor:
     shown = {
         "the picture": picture[:1],
         "seen with the class word": learned.before[None],
@@ -292,7 +300,7 @@ def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, 
     }
     pictures = {said: latent_as_picture(model, vae, latent) for said, latent in shown.items()}
     with torch.inference_mode(False):
-        return embedding_plot(learned, pictures, note).clone()
+        return embedding_plot(learned, pictures, note, warning).clone()
 
 
 NODES: list[type[io.ComfyNode]] = [SpinEmbedding]

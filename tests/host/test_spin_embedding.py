@@ -297,6 +297,17 @@ def test_a_name_that_is_taken_gets_a_number_unless_told_otherwise(model, clip, e
     assert not torch.equal(one, two)
 
 
+def test_a_replaced_word_is_said_to_stay_in_prompts_that_were_typed(model, clip, caplog):
+    said = "keep the old word until their text changes"
+    new = run_node(model, clip, overwrite=True)[2]
+    assert said not in caplog.text
+    again = run_node(model, clip, overwrite=True)[2]
+    assert f"embedding:spin replaced: prompts that were run {said}" in caplog.text
+    differing = (new != again).flatten(0, 1).any(dim=-1) if new.ndim == 3 else (new != again)[0].any(dim=-1)
+    assert differing[:22].any(), "a line above"
+    assert not differing[30:].any(), "the same run otherwise"
+
+
 def test_a_mask_of_another_size_counts_by_area(model, clip):
     mask = torch.zeros(1, 30, 44)
     mask[:, 5:19, 7:33] = 1
