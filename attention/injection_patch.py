@@ -54,9 +54,22 @@ class Chunk:
     area: tuple[int, int, int, int] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What a chunk's rows take: tokens [1 or B, T, C], the mask of the chunk's part of the picture [1 or B, H, W], and
+    that mask on the grids of the call's levels."""
+
+    tokens: Tensor
+    mask: Tensor
+    on_grid: dict[Grid, Tensor]
+
+
 @dataclass(eq=False)
 class Injection:
     """Injection for one run; make calls with its `options`.
+
+    Layers only look up what `options` has prepared: in a compiled network nothing that changes from layer to layer or
+    from step to step may be looked at, or it is compiled again for each.
 
     Attributes:
         unet: whose layers these are.
@@ -64,7 +77,7 @@ class Injection:
         mask: [1 or B, H, W] in 0..1, at any resolution; of the picture as a whole.
         attend: the network's own attention function, for layers that nothing replaces.
         size: (height, width) of the whole latent; needed where calls are for areas of it.
-        fired: how many layers took something of the reference's, over all calls.
+        fired: whether a layer took something of the reference's.
     Raises:
         ValueError: see `all_cross_attention` and `check_tokens`.
     """
@@ -74,16 +87,20 @@ class Injection:
     mask: Tensor
     attend: Attend
     size: Grid | None = None
-    fired: int = 0
+    fired: bool = False
     layers: dict[Layer, nn.Module] = field(init=False)
-    _grids: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _moved: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _parts: dict[tuple, "_Part | None"] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.layers = all_cross_attention(self.unet)
         check_tokens(self.tokens, self.layers)
 
-    def options(self, base: Options | None = None, chunks: Sequence[Chunk | None] | None = None) -> Options:
+    def options(
+        self,
+        base: Options | None = None,
+        chunks: Sequence[Chunk | None] | None = None,
+        like: Tensor | None = None,
+    ) -> Options:
         """`transformer_options` of a call with the injection in it; `base` is left as it is.
 
         What replaces a layer's cross-attention already (IPAdapter, a feature tap) goes on: it is asked for the
@@ -94,17 +111,23 @@ class Injection:
             chunks: one for each condition that is stacked in the call's batch, None for one that is left as it is.
                 Not given: `cond_or_uncond` in the call's options tells the positive ones (0), and the same options do
                 for any call; without that all rows are positive.
+            like: [R, C, h, w], the call's latents: masks are brought to its device and the grids of its levels once,
+                and not in every layer.
         """
         options = dict(base or {})
-        if chunks is not None and all(chunk is None for chunk in chunks):
+        size = None if like is None else (like.shape[2], like.shape[3])
+        device = self.tokens.device if like is None else like.device
+        every = self._part(Chunk(), size, device) if chunks is None else None
+        given = None if chunks is None else [None if c is None else self._part(c, size, device) for c in chunks]
+        if every is None and not any(given or ()):
             return options
         replaced = {name: dict(table) for name, table in options.get("patches_replace", {}).items()}
         table = replaced.setdefault("attn2", {})
         found = dict(table)
         others = tuple(options.get("patches", {}).get("attn2_patch", ()))
-        for layer in self.layers:
+        for layer, attn2 in self.layers.items():
             before = found.get(layer, found.get(layer[:2])) or self._own
-            table[layer] = partial(self._inject, layer, before, chunks, others)
+            table[layer] = partial(self._inject, layer, attn2, before, given, every, others)
         return {**options, "patches_replace": replaced}
 
     def _own(self, q: Tensor, k: Tensor, v: Tensor, extra: Options) -> Tensor:
@@ -115,8 +138,10 @@ class Injection:
     def _inject(
         self,
         layer: Layer,
+        attn2: nn.Module,
         before: Callable[..., Tensor],
-        chunks: Sequence[Chunk | None] | None,
+        parts: list[_Part | None] | None,
+        every: _Part | None,
         others: tuple[Any, ...],
         q: Tensor,
         k: Tensor,
@@ -126,98 +151,98 @@ class Injection:
         """The layer's attention [rows, places, C] for queries q of that shape, and the call's own k and v."""
         if extra.get(OF_REFERENCE):
             return before(q, k, v, extra)
-        if chunks is None:
-            chunks = [Chunk() if which == 0 else None for which in extra.get("cond_or_uncond") or (0,)]
+        if parts is None:
+            parts = [every if which == 0 else None for which in extra.get("cond_or_uncond") or (0,)]
         rows, grid = extra["activations_shape"][0], tuple(extra["activations_shape"][-2:])
-        if q.shape[0] != rows or q.shape[1] != grid[0] * grid[1] or rows % len(chunks):
+        if q.shape[0] != rows or q.shape[1] != grid[0] * grid[1] or rows % len(parts):
             raise ValueError(
                 f"the injection finds {list(q.shape[:2])} rows and places in the cross-attention of {layer[0]} block "
-                f"{layer[1]}, where the network has {[rows, grid[0] * grid[1]]} for {len(chunks)} prompts: another "
+                f"{layer[1]}, where the network has {[rows, grid[0] * grid[1]]} for {len(parts)} prompts: another "
                 f"patch on this MODEL cuts or stacks them ({', '.join(map(name_of, others)) or 'unknown'}). Take "
                 "that node out"
             )
-        each = rows // len(chunks)
-        weights = [None if chunk is None else self._weight(chunk, each, grid, q) for chunk in chunks]
-        acting = [i for i, weight in enumerate(weights) if weight is not None]
+        each = rows // len(parts)
+        acting = [(i, part) for i, part in enumerate(parts) if part is not None]
         if not acting:
             return before(q, k, v, extra)
-        inside = self._of_reference(layer, before, [(i, chunks[i]) for i in acting], q, each, extra)
+        weights = [_weight(part, each, grid) for _, part in acting]
+        inside = _of_reference(attn2, before, acting, q, each, extra).split(each)
         outside = before(q, k, v, extra)
-        self.fired += 1
-        parts, of_row = list(outside.split(each)), dict(zip(acting, inside.split(each), strict=True))
-        for i in acting:
-            weight = weights[i]
-            assert weight is not None
+        self.fired = True
+        out = list(outside.split(each))
+        for (i, _), mine, weight in zip(acting, inside, weights, strict=True):
             # Exact at both ends: where the weight is 0 nothing changes, where it is 1 nothing is left of the other.
-            parts[i] = torch.lerp(parts[i], of_row[i].to(outside), weight.to(outside))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            out[i] = torch.lerp(out[i], mine.to(outside), weight.to(outside))
+        return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _of_reference(
-        self,
-        layer: Layer,
-        before: Callable[..., Tensor],
-        acting: list[tuple[int, Any]],
-        q: Tensor,
-        each: int,
-        extra: Options,
-    ) -> Tensor:
-        """Attention of the acting chunks' rows, one after the other, to the reference's tokens."""
-        attn2 = self.layers[layer]
-        tokens = self._tokens(q)
-        k, v = attn2.to_k(tokens), attn2.to_v(tokens)
-
-        def rows_of(t: Tensor, chunk: Chunk) -> Tensor:
-            if len(t) > 1 and chunk.frames is not None:
-                t = t[list(chunk.frames)]
-            if each % len(t):
-                raise ValueError(
-                    f"the reference's conditioning has {len(t)} rows for {each} pictures: it needs one, or one for "
-                    "each picture"
-                )
-            return t.repeat(each // len(t), 1, 1)
-
-        mine = torch.cat([q[i * each : (i + 1) * each] for i, _ in acting]) if len(acting) * each < len(q) else q
-        # Others tell rows of prompts apart as this does.
-        told = {name: [extra[name][i] for i, _ in acting] for name in ("cond_or_uncond", "uuids") if name in extra}
-        k, v = (torch.cat([rows_of(t, chunk) for _, chunk in acting]) for t in (k, v))
-        return before(mine, k, v, {**extra, **told, OF_REFERENCE: True})
-
-    def _tokens(self, like: Tensor) -> Tensor:
-        key = (like.device, like.dtype)
-        if key not in self._moved:
-            with torch.inference_mode(False), torch.no_grad():
-                self._moved[key] = self.tokens.clone().to(like.device, like.dtype)
-        return self._moved[key]
-
-    def _weight(self, chunk: Chunk, each: int, grid: Grid, like: Tensor) -> Tensor | None:
-        """M for a chunk's rows, [1 or rows, places, 1]; None where all of it is 0."""
-        key = (chunk, each, grid, like.device)
-        if key not in self._grids:
+    def _part(self, chunk: Chunk, size: Grid | None, device: torch.device) -> _Part | None:
+        """What a chunk takes of the reference; None where none of it lies inside the mask."""
+        key = (chunk, size, device)
+        if key not in self._parts:
             # Ordinary tensors: a call with gradient may use what one without has made.
             with torch.inference_mode(False), torch.no_grad():
-                self._grids[key] = self._on_grid(chunk, each, grid).to(like.device)
-        weight = self._grids[key]
-        return weight if weight.numel() else None
+                self._parts[key] = self._made(chunk, size, device)
+        return self._parts[key]
 
-    def _on_grid(self, chunk: Chunk, each: int, grid: Grid) -> Tensor:
-        mask = self.mask.clone()
-        if len(mask) > 1 and chunk.frames is not None:
-            mask = mask[list(chunk.frames)]
-        if each % len(mask):
-            raise ValueError(
-                f"the injection has {len(mask)} masks for {each} pictures: it needs one, or one for each picture"
-            )
+    def _made(self, chunk: Chunk, size: Grid | None, device: torch.device) -> _Part | None:
+        mask, tokens = self.mask.clone().to(device), self.tokens.clone().to(device)
+        if chunk.frames is not None:
+            frames = list(chunk.frames)
+            mask, tokens = (t[frames] if len(t) > 1 else t for t in (mask, tokens))
         if chunk.area is not None:
             if self.size is None:
                 raise ValueError("a call for an area needs the whole latent's size: give the injection `size`")
             height, width, top, left = chunk.area
             mask = mask_on_grid(mask, self.size)[:, top : top + height, left : left + width]
-        mask = mask_on_grid(mask, grid)
         if not mask.any():
-            return mask.new_empty(0)
-        if len(mask) > 1:
-            mask = mask.repeat(each // len(mask), 1, 1)
-        return mask.flatten(1)[..., None]
+            return None
+        return _Part(tokens, mask, {grid: mask_on_grid(mask, grid) for grid in _levels(size)})
+
+
+def _levels(size: Grid | None) -> list[Grid]:
+    """The grids of a UNet's levels for a latent of this size: each has half the sides of the one before, rounded up."""
+    grids = [size] if size is not None else []
+    while grids and max(grids[-1]) > 1:
+        h, w = grids[-1]
+        grids.append(((h + 1) // 2, (w + 1) // 2))
+    return grids
+
+
+def _weight(part: _Part, each: int, grid: Grid) -> Tensor:
+    """M for a chunk's rows, [1 or rows, places, 1]."""
+    mask = part.on_grid[grid] if grid in part.on_grid else mask_on_grid(part.mask, grid)
+    if each % len(mask):
+        raise ValueError(
+            f"the injection has {len(mask)} masks for {each} pictures: it needs one, or one for each picture"
+        )
+    if len(mask) > 1:
+        mask = mask.repeat(each // len(mask), 1, 1)
+    return mask.flatten(1)[..., None]
+
+
+def _of_reference(
+    attn2: nn.Module,
+    before: Callable[..., Tensor],
+    acting: list[tuple[int, _Part]],
+    q: Tensor,
+    each: int,
+    extra: Options,
+) -> Tensor:
+    """Attention of the acting chunks' rows, one after the other, to the reference's tokens."""
+
+    def rows_of(tokens: Tensor) -> Tensor:
+        if each % len(tokens):
+            raise ValueError(
+                f"the reference's conditioning has {len(tokens)} rows for {each} pictures: it needs one, or one for "
+                "each picture"
+            )
+        return tokens.repeat(each // len(tokens), 1, 1)
+
+    mine = torch.cat([q[i * each : (i + 1) * each] for i, _ in acting]) if len(acting) * each < len(q) else q
+    # Others tell rows of prompts apart as this does.
+    told = {name: [extra[name][i] for i, _ in acting] for name in ("cond_or_uncond", "uuids") if name in extra}
+    tokens = torch.cat([rows_of(part.tokens.to(q)) for _, part in acting])
+    return before(mine, attn2.to_k(tokens), attn2.to_v(tokens), {**extra, **told, OF_REFERENCE: True})
 
 
 def scaled(mask: Tensor, strength: float) -> Tensor:

@@ -91,7 +91,7 @@ class Scsa:
         regions: content and style maps at any resolution.
         settings: see `attention.scsa.Settings`.
         seen: of `block_inputs`, while calls are made.
-        fired: how often a block took SCSA's result.
+        fired: whether a block took SCSA's result.
     """
 
     unet: nn.Module
@@ -100,7 +100,7 @@ class Scsa:
     settings: Settings
     seen: dict[Layer, Tensor]
     min_places: int = MIN_PLACES
-    fired: int = 0
+    fired: bool = False
     prepared: dict[Layer, Prepared] = field(default_factory=dict)
     orders: dict[tuple[Grid, Grid], RegionOrder] = field(default_factory=dict)
     _order_of: dict[Layer, RegionOrder] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class Scsa:
         layer = (*extra["block"], extra["block_index"])
         if layer not in self.prepared:
             return n
-        self.fired += 1
+        self.fired = True
         with torch.no_grad():  # none would reach x, see attention/scsa.py
             x = self.seen.pop(layer)
             return scsa(self._projections(layer), x, self.prepared[layer], self._order_of[layer], self.settings)

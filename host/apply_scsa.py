@@ -18,6 +18,7 @@ from ..attention.scsa_patch import Entered, Reader, Scsa, block_inputs, check_fr
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from .conditioning import REFERENCE, has_motion, merged_conds, stream_conds
+from .extra_calls import extra_call_options
 from .invert import InversionSampler
 from .models import check_invertible, check_same, identify
 from .versions import free_memory, without_clones
@@ -145,6 +146,15 @@ class _Sampling:
         guider, content = executor.class_obj, self.patch.pictures.content.clean
         if isinstance(sampler, InversionSampler):
             raise ValueError("this MODEL has SCSA, which makes pictures: invert with the model from before that node")
+        if noise.shape[1] == content.shape[1] and noise.ndim == 4 and noise.shape[2:] != content.shape[2:]:
+            (h, w), (theirs_h, theirs_w) = noise.shape[2:], content.shape[2:]
+            raise ValueError(
+                f"SCSA was made for a content latent of {theirs_w}x{theirs_h}, the one being sampled is {w}x{h}. For a "
+                "pass at another size (hires fix) add four nodes: Upscale Image of the content's picture to that size, "
+                "VAE Encode, DDIM Inversion of it (the same prompt and steps), and its own Apply SCSA with that "
+                "inversion as content, the same style and semantic_map, on the MODEL from before the first Apply SCSA; "
+                "that one's MODEL goes to this sampler"
+            )
         if noise.shape[1:] != content.shape[1:] or len(noise) % len(content):
             raise ValueError(
                 f"SCSA was made for a content latent {list(content.shape)}, the one being sampled is "
@@ -274,12 +284,8 @@ class _ScsaRun:
         read = []
         for conds, latent in calls:
             reader = Reader(self.scsa.layers, self.scsa.seen)
-            options = comfy.model_patcher.create_model_options_clone(model_options)
-            # The model as it is, without the patches of the picture being made.
-            to: Options = {
-                k: v for k, v in options.get("transformer_options", {}).items() if not k.startswith("patches")
-            }
-            options["transformer_options"] = {**reader.options(to), REFERENCE: True}
+            options = extra_call_options(model_options)
+            options["transformer_options"] = reader.options(options["transformer_options"])
             with torch.inference_mode():
                 sigma = timestep[:1].expand(len(latent)).clone()
                 executor(model, [conds], latent.clone(), sigma, options)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention.injection_patch import Chunk, Injection, check_tokens, scaled
 from ..attention.layers import all_cross_attention
 from ..regions.crops import as_encoded
-from ..regions.masks import as_mask, soften
+from ..regions.masks import as_mask, numbers, soften
 from ..samplers.inversion import Inversion
 from ..samplers.spin_energy import DEFAULT_WEIGHT, SpinStyleTerm
 from ..samplers.terms import Energy, Stream
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 KEY = "semantic_style_spin"
 OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-DIFFUSION_MODEL = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-# Where the host's network takes `transformer_options` when it is called by position.
+# Around the network, and outside of what torch compiles of it.
+APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+# Where the host's model takes `transformer_options` when it is called by position.
 OPTIONS_AT = 5
 # What else a CONDITIONING may say; the injection takes its tokens only.
 _NOT_TAKEN = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent")
@@ -120,6 +121,17 @@ def spin_energy(
     return Energy((SpinStyleTerm(Stream(background, prompt), weight, start, end, mask=mask),))
 
 
+def left_out(energy: Energy) -> str:
+    """Which pictures a style energy leaves out because their mask is empty; a warning in the log says so, too."""
+    lines = []
+    for term in energy.terms:
+        empty = ~term.mask.flatten(1).any(dim=1) if isinstance(term, SpinStyleTerm) else torch.zeros(0)
+        if empty.any():
+            lines.append(f"Left out, their masks being empty: {numbers(empty)} of {len(empty)} frames")
+            logging.warning("Spin Style Energy: %s", lines[-1])
+    return "\n".join(lines)
+
+
 class _Sampling:
     """OUTER_SAMPLE: makes a run's state, and says so when the run never used it."""
 
@@ -138,9 +150,7 @@ class _Sampling:
         spin = replace(self.spin, mask=as_encoded(self.spin.mask, (noise.shape[2], noise.shape[3])))
         run = _InjectionRun(spin, guider, noise.shape)
         # The options are this run's own copy.
-        comfy.patcher_extension.add_wrapper_with_key(
-            DIFFUSION_MODEL, KEY, run, guider.model_options, is_model_options=True
-        )
+        comfy.patcher_extension.add_wrapper_with_key(APPLY_MODEL, KEY, run, guider.model_options, is_model_options=True)
         out = executor(noise, latent_image, sampler, *args, **kwargs)
         if reason := run.why_nothing():
             logging.warning("Semantic Style: Spin's injection never acted in this run: %s.", reason)
@@ -167,7 +177,7 @@ def check_latent(spin: Spin, shape: torch.Size) -> None:
 
 
 class _InjectionRun:
-    """DIFFUSION_MODEL: the injection in the options of every call of the network for the picture being made."""
+    """APPLY_MODEL: the injection in the options of every call of the network for the picture being made."""
 
     def __init__(self, spin: Spin, guider: Any, shape: torch.Size) -> None:
         self.spin, self.guider, self.size = spin, guider, (shape[2], shape[3])
@@ -193,7 +203,7 @@ class _InjectionRun:
         self.called = True
         if not self._acts(to):
             return executor(x, *args, **kwargs)
-        options = self._injection(executor.class_obj).options(to, self._chunks(to, x))
+        options = self._injection(executor.class_obj.diffusion_model).options(to, self._chunks(to, x), x)
         if named:
             return executor(x, *args, **{**kwargs, "transformer_options": options})
         return executor(x, *args[: OPTIONS_AT - 1], options, *args[OPTIONS_AT:], **kwargs)

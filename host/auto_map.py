@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import comfy.model_management
 import torch
 
 from ..attention.layers import feature_blocks
@@ -101,11 +102,11 @@ def _cluster(request: Request, content: Features, style: Features) -> tuple[Sema
         if not all(torch.isfinite(stage).all() for stage in side.stages):
             raise FloatingPointError(f"the {name}'s features contain NaN or infinity: try the model in float32")
     pairs = content.count if content.count == style.count else 1
-    found = []
+    found, check = [], comfy.model_management.throw_exception_if_processing_interrupted
     for i in range(pairs):
         rows = slice(i, i + 1) if pairs > 1 else slice(None)
         vectors = [joint_vectors(side.rows(rows).stages) for side in (content, style)]
-        found.append(cluster(vectors[0], vectors[1], request.regions, request.smoothing, request.seed + i))
+        found.append(cluster(*vectors, request.regions, request.smoothing, request.seed + i, check))
     # What lives on in the graph must be ordinary tensors.
     with torch.inference_mode(False):
         sides = (torch.cat([getattr(f.regions, name) for f in found]).clone() for name in ("content", "style"))

@@ -19,6 +19,7 @@ from ..samplers.guidance import clamped, energy_gradient, with_guidance
 from ..samplers.guidance_report import GuidanceReport
 from ..samplers.terms import Energy, Key, Resampled, Stream, Term, active_terms
 from .conditioning import active_at, of_areas
+from .extra_calls import leave_step_caches
 from .gradients import WHY_CHECKPOINTED, constant_controls, differentiable, must_checkpoint, ordinary
 from .graph_memory import GraphMemory
 from .models import check_invertible, check_same, identify
@@ -77,6 +78,7 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         check_prompts(self.original_conds.get("positive", ()))
         report = GuidanceReport()
         self._run = _GuidedRun(self, report)
+        leave_step_caches(self)
         try:
             samples = super().outer_sample(noise, *args, **kwargs)
         finally:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import comfy.model_management
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,12 +47,11 @@ class Request:
     allow_other_model: bool = False
 
 
-def find_subjects(request: Request) -> list[Saliency]:
-    """The subject of each of the pictures, on the grid of the model's finest features.
+def find_subjects(request: Request) -> list[Saliency | str]:
+    """The subject of each of the pictures, on the grid of the model's finest features; where there is none, why.
 
     Raises:
-        ValueError: a model, a reference or settings that do not go together, before any model call; a picture without
-            a subject.
+        ValueError: a model, a reference or settings that do not go together, before any model call.
         FloatingPointError: features that are not finite.
     """
     clean, prompt = _check(request)
@@ -59,14 +59,14 @@ def find_subjects(request: Request) -> list[Saliency]:
     stages = [features.stages[-1] for features in read_features(request.model, looks, request.sigma)]
     if not all(torch.isfinite(stage).all() for stage in stages):
         raise FloatingPointError("the reference's features contain NaN or infinity: try the model in float32")
+    check = comfy.model_management.throw_exception_if_processing_interrupted
     mean = torch.stack([F.normalize(stage, dim=1) for stage in stages]).mean(dim=0)
-    found = []
-    for i, features in enumerate(mean):
+    found: list[Saliency | str] = []
+    for features in mean:
         try:
-            found.append(find_subject(features, request.threshold))
+            found.append(find_subject(features, request.threshold, check=check))
         except ValueError as error:
-            which = f"picture {i + 1} of {len(mean)}: " if len(mean) > 1 else ""
-            raise ValueError(f"{which}{error}") from error
+            found.append(str(error))
     return found
 
 

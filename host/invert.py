@@ -22,6 +22,7 @@ from ..samplers.ddim_inversion import ddim_inversion
 from ..samplers.ddpm_inversion import ddpm_inversion
 from ..samplers.inversion import Inversion
 from .batching import Parts, fits, levels_per_call, rows_together
+from .extra_calls import uncached
 from .models import check_channels, check_invertible, identify
 from .windows import set_window_step
 
@@ -190,7 +191,7 @@ def _run(task: Task, run: Callable[..., Inversion], calls_per_step: int) -> Inve
     latent = comfy.sample.fix_empty_latent_channels(task.model, task.latent)
     check_channels(task.model, latent)
     sigmas = make_sigmas(task.model, task.scheduler, task.steps) if task.sigmas is None else task.sigmas.cpu()
-    guider = comfy.samplers.CFGGuider(task.model)
+    guider = comfy.samplers.CFGGuider(uncached(task.model))
     guider.set_conds(task.positive, task.negative)
     guider.set_cfg(task.cfg)
     sampler = InversionSampler(run)

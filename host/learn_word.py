@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..samplers.word_learning import JUDGED_LEVELS, Learned, Settings, check_saliency, learn
-from .conditioning import REFERENCE, has_motion, stream_conds
+from .conditioning import has_motion, stream_conds
+from .extra_calls import extra_call_options
 from .gradients import WHY_CHECKPOINTED, differentiable, must_checkpoint, ordinary
 from .models import check_channels, check_invertible
 from .pseudo_words import Prompt
@@ -119,7 +120,9 @@ class _Learning(comfy.samplers.Sampler):
             with torch.inference_mode():
                 callback(state["i"], state["denoised"], state["x"][:1], state["total"])
 
-        options, checkpointing = _without_attention_patches(extra_args["model_options"]), task.checkpointing
+        # The pseudo-word is learnt from the model as it is: what is patched onto its attention (IPAdapter, SCSA) would
+        # explain the picture in its place.
+        options, checkpointing = extra_call_options(extra_args["model_options"]), task.checkpointing
         if not checkpointing and must_checkpoint(model_wrap.model_patcher):
             logging.info("Semantic Style: the gradient is checkpointed. %s", WHY_CHECKPOINTED)
             checkpointing = True
@@ -152,16 +155,6 @@ class _Predict:
         conds = stream_conds(self.guider, conditioning, x)
         options = comfy.model_patcher.create_model_options_clone(self.model_options)
         return comfy.samplers.calc_cond_batch(self.guider.inner_model, [conds], x, sigma, options)[0]
-
-
-def _without_attention_patches(model_options: dict[str, Any]) -> dict[str, Any]:
-    """The pseudo-word is learnt from the model as it is: what is patched onto its attention (IPAdapter, SCSA) would
-    explain the picture in its place."""
-    options = comfy.model_patcher.create_model_options_clone(model_options)
-    to = {k: v for k, v in options.get("transformer_options", {}).items() if not k.startswith("patches")}
-    # The mark lets this pack's own wrappers pass the calls through.
-    options["transformer_options"] = {**to, REFERENCE: True}
-    return options
 
 
 def _finished(learned: Learned, model: "ModelPatcher") -> Learned:

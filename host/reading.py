@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
 import torch
@@ -16,7 +15,8 @@ from ..attention.layers import feature_blocks
 from ..samplers.features import Features, FeatureTap
 from ..samplers.guidance import NOT_SEEN
 from .batching import Parts, rows_together, why_not_cond
-from .conditioning import REFERENCE, stream_conds
+from .conditioning import stream_conds
+from .extra_calls import extra_call_options
 from .versions import without_clones
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ class _Reading(comfy.samplers.Sampler):
         comfy.model_management.throw_exception_if_processing_interrupted()
         unet = guider.inner_model.diffusion_model
         tap = FeatureTap(feature_blocks(unet))
-        options = without_clones(comfy.model_patcher.create_model_options_clone(model_options))
-        options["transformer_options"] = {**tap.options(options.get("transformer_options")), REFERENCE: True}
+        options = without_clones(extra_call_options(model_options))
+        options["transformer_options"] = tap.options(options["transformer_options"])
         sigma = latent.new_full((len(latent),), self.sigma)
         comfy.samplers.calc_cond_batch(guider.inner_model, [conds], latent, sigma, options)
         seen = tap.read(latent.shape[2:])

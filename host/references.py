@@ -7,7 +7,6 @@ references a run has or what ran before: each is a call of its own. So a picture
 from collections.abc import Callable, Hashable
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from ..samplers.guidance import NOT_SEEN
 from ..samplers.inversion import Inversion
 from ..samplers.terms import Frames, Key, Stream
 from .batching import fits
-from .conditioning import REFERENCE, active_at, has_motion, stream_conds, without_control
+from .conditioning import active_at, has_motion, stream_conds, without_control
+from .extra_calls import extra_call_options
 from .fingerprint import NoFingerprintError, fingerprint, token
 from .reference_cache import ReferenceCache
 
@@ -122,9 +122,8 @@ class References:
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.forwards += len(conds)
         tap = FeatureTap(self.blocks, self.layers if maps else None, self.attend)
-        options = comfy.model_patcher.create_model_options_clone(options)
-        to = {k: v for k, v in options.get("transformer_options", {}).items() if not k.startswith("patches")}
-        options["transformer_options"] = {**tap.options(to), REFERENCE: True}
+        options = extra_call_options(options)
+        options["transformer_options"] = tap.options(options["transformer_options"])
         with torch.inference_mode():
             sigma = timestep[:1].expand(len(latent)).clone()
             executor(self.guider.inner_model, [conds], latent, sigma, options)

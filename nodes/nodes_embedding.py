@@ -17,9 +17,9 @@ from ..host.pseudo_words import IT, make_prompt
 from ..pictures.report_plot import HEIGHT, WIDTH
 from ..pictures.word_plot import embedding_plot
 from ..regions.crops import as_encoded
-from ..regions.masks import as_mask, mask_on_grid
+from ..regions.masks import as_mask, mask_on_grid, numbers
 from ..samplers.inversion import Inversion
-from ..samplers.word_learning import MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
+from ..samplers.word_learning import LEAST_PLACES, MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
 from .late import attempt
 from .nodes_inversion import MAX_SEED
 from .schema import advanced, schema
@@ -27,6 +27,8 @@ from .types import Inversion as InversionSocket
 
 CATEGORY = "semantic_style/spin"
 CANCELLED = "_cancelled"
+# ComfyUI runs a node again when what is connected to it changes, and knows nothing of files that a text names.
+TYPED = "prompts that were run keep the old word until their text changes"
 
 
 class SpinEmbedding(io.ComfyNode):
@@ -131,7 +133,9 @@ class SpinEmbedding(io.ComfyNode):
                     "overwrite",
                     default=False,
                     optional=True,
-                    tooltip="Replace an embedding of that name instead of adding a number.",
+                    tooltip="Replace an embedding of that name instead of adding a number. A prompt that was typed and "
+                    "run before keeps the old word until its text changes (a space will do); one that this node is "
+                    "connected to follows by itself.",
                 ),
                 io.Float.Input(
                     "skip_clean",
@@ -195,8 +199,11 @@ class SpinEmbedding(io.ComfyNode):
         check_name(name)
         settings = Settings(steps, learning_rate, batch=batch, seed=seed, skip_clean=skip_clean)
         picture = _picture(model, latent, inversion, image, vae)
-        grid = picture.shape[-2], picture.shape[-1]
-        where = None if saliency is None else mask_on_grid(as_encoded(as_mask(saliency, "saliency"), grid), grid)
+        where, empty = None, ""
+        if saliency is not None:
+            grid = picture.shape[-2], picture.shape[-1]
+            where = mask_on_grid(as_encoded(as_mask(saliency, "saliency"), grid), grid)
+            picture, where, empty = _with_subject(picture, where)
         prompt = make_prompt(clip, template, class_word, tokens)
         folder = _writable_folder()
 
@@ -225,11 +232,17 @@ class SpinEmbedding(io.ComfyNode):
         task = Task(model, prompt, picture, where, settings, checkpointing, broken_off)
         learned = learn_embedding(task)
         tell(learned)
+        taken = free_name(name, _folders()) != name
         saved, not_saved = attempt(f"Saving embedding:{name}", lambda: keep(learned, name, overwrite), "")
         conditioning = clip.encode_from_tokens_scheduled(prompt.with_vectors(learned.vectors))
+        replaced = f"embedding:{name} replaced: {TYPED}" if taken and saved == name else ""
+        notes = [note for note in (replaced, empty) if note]
+        for note in notes:
+            logging.warning("Spin Embedding: %s", note)
+        said = not_saved or summary(learned), "; ".join(notes)
         report, _ = attempt(
             "The report",
-            lambda: _report(model, vae, picture, learned, saved or name, not_saved or summary(learned)),
+            lambda: _report(model, vae, picture, learned, saved or name, *said),
             torch.zeros(1, HEIGHT, WIDTH, 3),
         )
         # No prompt shall name what is not there.
@@ -272,7 +285,16 @@ def _picture(model: Any, latent: dict | None, inversion: Inversion | None, image
     return vae.encode(image[..., :3])
 
 
-def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, note: str) -> Tensor:
+def _with_subject(picture: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Pictures and masks without those whose mask is empty, and a line that names them."""
+    there = saliency.flatten(1).sum(dim=1) >= LEAST_PLACES
+    if len(there) != len(picture) or there.all() or not there.any():
+        return picture, saliency, ""
+    said = f"left out, their masks being empty: {numbers(~there)} of {len(there)} pictures"
+    return picture[there.to(picture.device)], saliency[there], said
+
+
+def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, note: str, warning: str) -> Tensor:
     shown = {
         "the picture": picture[:1],
         "seen with the class word": learned.before[None],
@@ -280,7 +302,7 @@ def _report(model: Any, vae: Any, picture: Tensor, learned: Learned, name: str, 
     }
     pictures = {said: latent_as_picture(model, vae, latent) for said, latent in shown.items()}
     with torch.inference_mode(False):
-        return embedding_plot(learned, pictures, note).clone()
+        return embedding_plot(learned, pictures, note, warning).clone()
 
 
 NODES: list[type[io.ComfyNode]] = [SpinEmbedding]

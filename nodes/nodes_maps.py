@@ -1,12 +1,13 @@
 """Semantic maps from colour-coded pictures and from masks, and a look at them."""
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
 
 from ..pictures.overlay import overlay_map
 from ..regions.color_maps import regions_from_colors
 from ..regions.map_report import describe, warnings
-from ..regions.mask_maps import GAPS, Coverage, regions_from_masks
+from ..regions.mask_maps import GAPS, ORDERS, Coverage, regions_from_masks
 from ..regions.masks import as_mask
 from ..regions.semantic_map import SemanticMap
 from .schema import advanced, schema
@@ -15,6 +16,11 @@ from .types import SemanticMap as SemanticMapSocket
 CATEGORY = "semantic_style/maps"
 # More are hardly anybody's drawing.
 MANY = 32
+ONE_REGION = (
+    "The pictures have several colours but one region came out. Colours that lie within 10 of 255 of each other stay "
+    "apart only in clean files: flat colours, saved as PNG, neither compressed nor resized with smoothing. Paint the "
+    "regions in colours that differ more, or use Semantic Map from Masks."
+)
 
 
 class MapFromColors(io.ComfyNode):
@@ -60,11 +66,14 @@ class MapFromColors(io.ComfyNode):
 
     @classmethod
     def execute(cls, content, style, number: int, smallest: float) -> io.NodeOutput:
-        found = regions_from_colors(_rgb(content), _rgb(style), number, smallest / 100)
+        check = comfy.model_management.throw_exception_if_processing_interrupted
+        found = regions_from_colors(_rgb(content), _rgb(style), number, smallest / 100, check)
         names = {label: _hex(color) for label, color in enumerate(found.colors, 1)}
         many = ""
         if len(names) > MANY and not number:
             many = f"{len(names)} regions are many: are the pictures colour-coded maps? Give the number if you know it."
+        elif len(names) == 1 and number != 1 and any((p != p[:1, :1, :1]).any() for p in (content, style)):
+            many = ONE_REGION
         report = _lines(describe(found.regions, names), many, warnings(found.regions))
         return io.NodeOutput(found.regions, report, ui=ui.PreviewText(report))
 
@@ -80,7 +89,9 @@ class MapFromMasks(io.ComfyNode):
             "the first of the style, and so on. Overlaps and gaps are resolved and reported.",
             search_aliases=["segmentation masks", "sam", "scsa"],
             inputs=[
-                io.Mask.Input("content", tooltip="One mask for each region of the content: a batch or a list."),
+                io.Mask.Input(
+                    "content", tooltip="One mask for each region of the content (and frame): a batch or a list."
+                ),
                 io.Mask.Input(
                     "style",
                     tooltip="One mask for each region of the style, in the same order; any size. An empty mask for "
@@ -96,6 +107,24 @@ class MapFromMasks(io.ComfyNode):
                         "nearest. auto: a region when they are more than 5% of a picture.",
                     )
                 ),
+                io.Int.Input(
+                    "frames",
+                    default=1,
+                    min=1,
+                    max=100000,
+                    optional=True,
+                    tooltip="Frames of the content, 1 for a picture: 16 masks are then 16 regions. With 16 frames they "
+                    "are one region in each, with 4 four regions. The style has as many, or one picture's.",
+                ),
+                io.Combo.Input(
+                    "order",
+                    options=list(ORDERS),
+                    default=ORDERS[0],
+                    optional=True,
+                    tooltip="How masks of several frames follow each other. region by region: all frames of the first "
+                    "region come first, as from one tracked mask after the other. frame by frame: all regions of the "
+                    "first frame.",
+                ),
             ],
             outputs=[
                 SemanticMapSocket.Output(display_name="semantic_map", tooltip="Which regions belong together."),
@@ -108,8 +137,9 @@ class MapFromMasks(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, content, style, gaps) -> io.NodeOutput:
-        found = regions_from_masks(_batch(content, "content"), _batch(style, "style"), gaps[0])
+    def execute(cls, content, style, gaps, frames=(1,), order=(ORDERS[0],)) -> io.NodeOutput:
+        masks = _batch(content, "content"), _batch(style, "style")
+        found = regions_from_masks(*masks, gaps[0], frames[0], order[0])
         names = {0: "(no mask)"} if found.gap_region else {}
         notes = [_coverage_note(found.content, "content", found.gap_region)]
         notes.append(_coverage_note(found.style, "style", found.gap_region))

@@ -1,6 +1,7 @@
 """A mask of a picture's subject from the diffusion model's own features."""
 
 import logging
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from ..host.find_subject import LOOKS, SIGMA, Request, find_subjects, pixel_size
 from ..host.models import identify, why_unchecked
 from ..pictures.overlay import overlay_subject
 from ..regions.crops import encoded_size, in_picture
+from ..regions.masks import grow as grown
 from ..regions.saliency import THRESHOLD, Saliency
 from ..samplers.inversion import Inversion
 from .late import attempt
@@ -114,7 +116,10 @@ class FindSubject(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Mask.Output(display_name="mask", tooltip="The subject, one mask for each picture."),
+                io.Mask.Output(
+                    display_name="mask",
+                    tooltip="The subject, one mask for each picture; an empty one where nothing was found.",
+                ),
                 io.Image.Output(display_name="preview", tooltip="The picture with what is not subject darkened."),
                 io.String.Output(
                     display_name="report", tooltip="How large the subject is, how much of the border it has, warnings."
@@ -151,10 +156,12 @@ class FindSubject(io.ComfyNode):
         reference = inversion if latent is None else latent["samples"]
         assert reference is not None
         _check_image(image, reference)
-        found = find_subjects(Request(model, reference, prompt, sigma, looks, seed, threshold, allow_other_model))
+        subjects = find_subjects(Request(model, reference, prompt, sigma, looks, seed, threshold, allow_other_model))
         size = pixel_size(model, reference) if image is None else tuple(image.shape[1:3])
-        mask = torch.stack([_pixels(subject, mode, size, grow) for subject in found])
-        report = _report(found, mask)
+        found = [one if isinstance(one, str) else _pixels(one, mode, size, grow) for one in subjects]
+        _check_any(found)
+        mask = torch.stack([torch.zeros(size) if isinstance(one, str) else one.mask for one in found])
+        report = _report(found)
         if inversion is not None and (note := why_unchecked(inversion.model, identify(model), allow_other_model)):
             report += f"\n{note}"
         plain = mask[..., None].expand(-1, -1, -1, 3)
@@ -181,32 +188,49 @@ def _check_image(image: torch.Tensor | None, reference) -> None:
         )
 
 
-def _pixels(subject: Saliency, mode: str, size: tuple[int, int], grow: int) -> torch.Tensor:
-    """The mask [H, W] of a picture of this size."""
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A subject and its mask [H, W]."""
+
+    subject: Saliency
+    mask: torch.Tensor
+
+
+def _pixels(subject: Saliency, mode: str, size: tuple[int, int], grow: int) -> _Found | str:
+    """The mask of a picture of this size; why there is none where nothing is left of it."""
     places = subject.hard.float() if mode == "hard" else subject.soft
     # A picture is encoded without what its sides have beyond whole places.
     part = encoded_size(size, (places.shape[0], places.shape[1]))
     mask = in_picture(F.interpolate(places[None, None], size=part, mode="bilinear")[0], size)[None]
     if mode == "hard":
         mask = (mask > 0.5).float()
-    window = 2 * abs(grow) + 1
-    if grow > 0:
-        mask = F.max_pool2d(mask, window, 1, abs(grow))
-    elif grow < 0:
-        mask = -F.max_pool2d(-mask, window, 1, abs(grow))
+    mask = grown(mask[0], grow)
     if not mask.any():
-        raise ValueError(
+        return (
             f"nothing is left of the subject, which covers {subject.area:.1%} of the picture: set grow ({grow}) nearer "
             "to 0, or lower the threshold"
         )
-    return mask[0, 0]
+    return _Found(subject, mask[0])
 
 
-def _report(found: list[Saliency], mask: torch.Tensor) -> str:
+def _check_any(found: list[_Found | str]) -> None:
+    """Raise ValueError unless one of the pictures has a subject."""
+    reasons = [one for one in found if isinstance(one, str)]
+    if len(reasons) == len(found):
+        which = f"in none of the {len(found)} pictures a subject was found; in the first, " if len(found) > 1 else ""
+        raise ValueError(which + reasons[0])
+
+
+def _report(found: list[_Found | str]) -> str:
     lines = []
-    for i, (subject, one) in enumerate(zip(found, mask, strict=True), 1):
+    for i, one in enumerate(found, 1):
         which = f"Picture {i}: " if len(found) > 1 else ""
-        area = one.mean().item()
+        if isinstance(one, str):
+            warning = f"{which}no subject, its mask is empty: {one}."
+            logging.warning("Find Subject: %s", warning)
+            lines.append(warning)
+            continue
+        subject, area = one.subject, one.mask.mean().item()
         lines.append(
             f"{which}the subject covers {area:.1%} of the picture and {subject.contact:.1%} of its border; "
             f"{subject.cuts} cut{'s' if subject.cuts > 1 else ''}."

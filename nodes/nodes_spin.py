@@ -1,8 +1,8 @@
 """Spin: a reference's subject into a masked region of a background (injection, style energy, kept pixels)."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..host.apply_spin import apply_spin, spin_energy
+from ..host.apply_spin import apply_spin, left_out, spin_energy
 from ..regions.masks import keep_outside
 from ..samplers.inversion import Inversion
 from ..samplers.spin_energy import DEFAULT_WEIGHT
@@ -29,14 +29,15 @@ class ApplySpin(io.ComfyNode):
             search_aliases=["insert object", "regional prompt", "attention couple", "semantic painting", "spin"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model. LoRAs and IPAdapter are fine."),
+                # In the place of the output that it goes on to: that is what a bypassed node hands on.
+                io.Conditioning.Input(
+                    "background", tooltip="The background's prompt. It goes on to the sampler's positive as it is."
+                ),
                 io.Conditioning.Input(
                     "reference",
                     tooltip="What belongs inside the mask: Spin Embedding's, or any prompt, also one that has the "
                     "embedding in it ('a red embedding:spin'). Its tokens are taken; SDXL's pooled part stays the "
                     "background's.",
-                ),
-                io.Conditioning.Input(
-                    "background", tooltip="The background's prompt. It goes on to the sampler's positive as it is."
                 ),
                 io.Mask.Input(
                     "mask",
@@ -100,7 +101,10 @@ class SpinStyleEnergy(io.ComfyNode):
                     "background",
                     tooltip="The background, inverted with the same model; the picture being made must have its size.",
                 ),
-                io.Mask.Input("mask", tooltip="The mask of Apply Spin: white is inside. Neither all black nor white."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="The mask of Apply Spin, white inside. Not all white; frames of black are left out.",
+                ),
                 io.Float.Input(
                     "weight",
                     default=DEFAULT_WEIGHT,
@@ -120,7 +124,10 @@ class SpinStyleEnergy(io.ComfyNode):
                     tooltip="The background's prompt. Not connected: the one it was inverted with.",
                 ),
             ],
-            outputs=[EnergySocket.Output(display_name="energy", tooltip="For Energy Guider or Combine Energies.")],
+            outputs=[
+                EnergySocket.Output(display_name="energy", tooltip="For Energy Guider or Combine Energies."),
+                io.String.Output(display_name="report", tooltip="Which frames are left out: those with an empty mask."),
+            ],
         )
 
     @classmethod
@@ -133,7 +140,9 @@ class SpinStyleEnergy(io.ComfyNode):
         end_percent: float,
         background_prompt: list | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(spin_energy(background, mask, weight, start_percent, end_percent, background_prompt))
+        energy = spin_energy(background, mask, weight, start_percent, end_percent, background_prompt)
+        report = left_out(energy)
+        return io.NodeOutput(energy, report, ui=ui.PreviewText(report) if report else None)
 
 
 class KeepBackground(io.ComfyNode):

@@ -6,9 +6,9 @@ of the output against that of the context, outside what moves in the context.
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
+
+from ..regions.masks import grow
 
 # Colour difference (0..1) from frame to frame up to which a place counts as standing still: compressed video's noise.
 STILL = 4 / 255
@@ -78,8 +78,7 @@ def moving(context: Tensor, labels: Tensor | None = None, still: float = STILL, 
     changed = _change(context).amax(dim=-1) > still
     if labels is not None:
         changed |= labels[1:] != labels[:-1]
-    near = F.max_pool2d(rearrange(changed, "f h w -> f 1 h w").float(), 2 * margin + 1, stride=1, padding=margin)
-    return rearrange(near, "f 1 h w -> f h w") > 0
+    return grow(changed, margin)
 
 
 def _change(clip: Tensor) -> Tensor:

@@ -9,18 +9,19 @@ from ..samplers.word_learning import Learned
 from .chart import COLOURS, FAINT, FOOT, HEIGHT, INK, LEFT, SMALL, TEXT, Chart, Panel, decades
 
 RIGHT = 640
+WARNING = 15
 # Top and bottom of the two panels.
 JUDGED, STEPS = (48, 300), (366, 556)
 COLUMN, SIDE = (674, 880), 166  # of the pictures, and their largest side
 MEMORY = 0.95  # of the steps' running mean
 
 
-def embedding_plot(learned: Learned, pictures: Mapping[str, Tensor], note: str = "") -> Tensor:
+def embedding_plot(learned: Learned, pictures: Mapping[str, Tensor], note: str = "", warning: str = "") -> Tensor:
     """A run as a picture.
 
     Args:
         pictures: at most three [H, W, 3] in 0..1 by what they show, drawn one below the other.
-        note: one line below.
+        note: one line below. warning: one line above.
     Returns:
         [1, 600, 900, 3] in 0..1.
     """
@@ -45,6 +46,7 @@ def embedding_plot(learned: Learned, pictures: Mapping[str, Tensor], note: str =
     chart.dots([(panel.x(i), panel.y(value)) for i, value in enumerate(learned.losses)], (196, 190, 182), 2)
     panel.lines({"": (running_mean(learned.losses), COLOURS[1])})
     chart.text((LEFT + RIGHT) / 2, FOOT, note, anchor="ms")
+    chart.text(LEFT, WARNING, warning, COLOURS[0])
     for i, (name, picture) in enumerate(pictures.items()):
         top = i * (HEIGHT - 12) / 3 + 8
         chart.text(COLUMN[0], top + 14, name, INK, SMALL)

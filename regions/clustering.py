@@ -10,7 +10,7 @@ style; coarse stages, which know what a place is, are averaged over places that 
 knows where things end (as in non-local means: Buades, Coll, Morel, CVPR 2005).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +102,12 @@ def _unit(stage: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def cluster(
-    content: tuple[Tensor, Tensor], style: tuple[Tensor, Tensor], regions: int = 0, smoothing: int = 1, seed: int = 0
+    content: tuple[Tensor, Tensor],
+    style: tuple[Tensor, Tensor],
+    regions: int = 0,
+    smoothing: int = 1,
+    seed: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> Clustering:
     """Regions that content and style share.
 
@@ -115,6 +120,7 @@ def cluster(
             highest mean silhouette.
         smoothing: rounds of a 3x3 majority filter.
         seed: of the starting points and of what is looked at.
+        check: called every now and then; what it raises ends the search.
     Raises:
         ValueError: another number of regions, negative smoothing, channels that do not agree, too few places.
     """
@@ -126,16 +132,16 @@ def cluster(
             f"content and style have features of {content[0].shape[1]} and {style[0].shape[1]} channels: they must "
             "come from one model"
         )
-    places, sides = _places(content, style)
+    places, sides = _places(content, style, check)
     if len(places) < MAX_REGIONS:
         raise ValueError(f"{len(places)} places are too few to find regions in: use larger images")
     g = torch.Generator().manual_seed(seed)
     fitted = places[torch.randperm(len(places), generator=g)[:FITTED]]
     silhouettes: dict[int, float] = {}
     if regions:
-        centres = kmeans(fitted, regions, g)
+        centres = kmeans(fitted, regions, g, check)
     else:
-        tried = {k: kmeans(fitted, k, g) for k in CHOICES}
+        tried = {k: kmeans(fitted, k, g, check) for k in CHOICES}
         rated = fitted[:RATED]
         silhouettes = {k: silhouette(rated, nearest(rated, c)) for k, c in tried.items()}
         centres = tried[max(silhouettes, key=lambda k: silhouettes[k])]
@@ -147,7 +153,9 @@ def cluster(
     return Clustering(shared_labels(content_d, style_d, smoothing), silhouettes)
 
 
-def _places(content: tuple[Tensor, Tensor], style: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _places(
+    content: tuple[Tensor, Tensor], style: tuple[Tensor, Tensor], check: Callable[[], None]
+) -> tuple[Tensor, list[Tensor]]:
     """[N, components] of all places of both sides, and an empty label map of each side."""
     flat = torch.cat([rearrange(vectors, "b c h w -> (b h w) c") for vectors, _ in (content, style)])
     mean = flat.mean(dim=0)
@@ -159,7 +167,7 @@ def _places(content: tuple[Tensor, Tensor], style: tuple[Tensor, Tensor]) -> tup
         # The axes' own sign is arbitrary, distances do not see it.
         reduced = torch.einsum("bchw,ck->bkhw", vectors - mean[:, None, None], axes)
         at = POSITION * _position(h, w).to(reduced).expand(b, -1, -1, -1)
-        rows += [rearrange(alike_averaged(torch.cat([reduced, at], dim=1), guide), "b c h w -> (b h w) c")]
+        rows += [rearrange(alike_averaged(torch.cat([reduced, at], dim=1), guide, check), "b c h w -> (b h w) c")]
         empty.append(torch.zeros(b, h, w, dtype=torch.long))
     return torch.cat(rows), empty
 
@@ -170,7 +178,7 @@ def _position(h: int, w: int) -> Tensor:
     return torch.stack(torch.meshgrid(y, x, indexing="ij"))
 
 
-def alike_averaged(values: Tensor, guide: Tensor) -> Tensor:
+def alike_averaged(values: Tensor, guide: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
     """Every place's value becomes the mean over places near it that look alike.
 
     Weights are `max(0, cos)^ALIKE exp(-d^2 / 2 NEAR^2)`, the cosine of the guide and d in image sides.
@@ -185,6 +193,7 @@ def alike_averaged(values: Tensor, guide: Tensor) -> Tensor:
     near = torch.exp(-torch.cdist(at, at).square() / (2 * NEAR**2))
     out = []
     for value, look in zip(values, F.normalize(guide, dim=1), strict=True):
+        check()
         v, looks = (rearrange(t, "c h w -> (h w) c") for t in (value, look))
         weights = (looks @ looks.T).clamp_min(0) ** ALIKE * near
         # A place without a look, where the guide is zero, is alike itself only.
@@ -194,12 +203,13 @@ def alike_averaged(values: Tensor, guide: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-def kmeans(places: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def kmeans(places: Tensor, k: int, generator: torch.Generator, check: Callable[[], None] = lambda: None) -> Tensor:
     """Centres [k, C] of places [N, C]: Lloyd's iterations from k-means++ starts, the best of `RESTARTS`."""
     best, least = places[:0], float("inf")
     for _ in range(RESTARTS):
         centres = _start(places, k, generator)
         for _ in range(ITERATIONS):
+            check()
             labels = nearest(places, centres)
             members = F.one_hot(labels, k).to(places)
             counts = members.sum(dim=0)[:, None]

@@ -7,12 +7,15 @@ Our own method. Masks of segmentation models overlap (a part on its whole) and l
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .nearest import fill_nearest
 from .semantic_map import SemanticMap
 
 GAPS = ("auto", "own region", "nearest region")
+# How the masks of several frames follow each other.
+ORDERS = ("region by region", "frame by frame")
 # Gaps of more than this share of a picture are somebody's background, less are seams between masks.
 BACKGROUND = 0.05
 # A mask counts where it is above this.
@@ -48,31 +51,47 @@ class MaskRegions:
     gap_region: bool
 
 
-def regions_from_masks(content: Tensor, style: Tensor, gaps: str = "auto") -> MaskRegions:
+def regions_from_masks(
+    content: Tensor, style: Tensor, gaps: str = "auto", frames: int = 1, order: str = ORDERS[0]
+) -> MaskRegions:
     """A label map from the masks of each picture.
 
     Where masks overlap the one with the higher value wins (soft masks); of equals the one with the smaller area, which
     is the part or what stands in front; then the first.
 
     Args:
-        content: [N, H, W] in 0..1, one mask for each region; style: [N, H', W'], in the same order. A mask may be
-            empty on one side.
+        content: [frames * N, H, W] in 0..1, one mask for each of N regions in each frame; style: [N, H', W'] or [frames
+            * N, H', W'], in the same order. A mask may be empty on one side.
         gaps: what becomes of places without a mask, one of `GAPS`. They are a region of their own, on both sides the
             same, or belong to the nearest mask; "auto" takes the first when they are more than 5% of either picture.
+            A frame without any mask is region 0 in any case.
+        frames: of the content; 1 for a picture.
+        order: one of `ORDERS`: all frames of the first region first, or all regions of the first frame.
     Raises:
-        ValueError: tensors that are no such masks, different numbers, no mask with a place in it, an unknown `gaps`.
+        ValueError: tensors that are no such masks, different numbers, no mask with a place in it, an unknown `gaps` or
+            `order`.
     """
     if gaps not in GAPS:
         raise ValueError(f"gaps is {gaps!r}; choose one of {', '.join(GAPS)}")
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}; choose one of {', '.join(ORDERS)}")
     _check_masks(content, "content")
     _check_masks(style, "style")
-    if len(content) != len(style):
+    if frames < 1 or len(content) % frames:
         raise ValueError(
-            f"content has {len(content)} masks and style {len(style)}: the first of one belongs to the first of the "
-            "other and so on, so there must be equally many. Join masks of the same kind, and give an empty mask for "
-            "what one picture lacks"
+            f"content has {len(content)} masks, which are not {frames} frames of equally many regions: frames times "
+            "regions must be the number of masks"
         )
-    sides = [masks.float() for masks in (content, style)]
+    regions = len(content) // frames
+    if len(style) not in (regions, len(content)):
+        of_style = f"{regions} of its own or {len(content)}, as many frames" if frames > 1 else f"{regions}"
+        raise ValueError(
+            f"content has {len(content)} masks ({regions} regions in {frames} frames) and style {len(style)}: the "
+            f"first region of one belongs to the first of the other and so on, so style must have {of_style}. Join "
+            "masks of the same kind, give an empty mask for what one picture lacks, and set frames where the masks are "
+            "a clip's"
+        )
+    sides = [_by_frame(masks.float(), regions, order) for masks in (content, style)]
     covered = _coverage(sides[0]), _coverage(sides[1])
     uncovered = max(side.gaps for side in covered)
     own = gaps == "own region" or (gaps == "auto" and uncovered > BACKGROUND)
@@ -82,8 +101,15 @@ def regions_from_masks(content: Tensor, style: Tensor, gaps: str = "auto") -> Ma
                 f"no mask of the {name} covers anything, so there is no nearest region: connect masks with white "
                 "places, or let gaps be a region of their own"
             )
-    regions = SemanticMap(_labels(sides[0], own), _labels(sides[1], own))
-    return MaskRegions(regions, *covered, own and uncovered > 0)
+    maps = [torch.cat([_labels(frame, own) for frame in masks]) for masks in sides]
+    return MaskRegions(SemanticMap(*maps), *covered, any(bool((labels == 0).any()) for labels in maps))
+
+
+def _by_frame(masks: Tensor, regions: int, order: str) -> Tensor:
+    """[F, N, H, W]."""
+    if order == ORDERS[0]:
+        return rearrange(masks, "(n f) h w -> f n h w", n=regions)
+    return rearrange(masks, "(f n) h w -> f n h w", n=regions)
 
 
 def _check_masks(masks: Tensor, name: str) -> None:
@@ -95,7 +121,7 @@ def _check_masks(masks: Tensor, name: str) -> None:
 
 
 def _coverage(masks: Tensor) -> Coverage:
-    inside = (masks > INSIDE).flatten(1).float()
+    inside = rearrange((masks > INSIDE).float(), "f n h w -> n (f h w)")
     times, places = inside.sum(dim=0), inside.shape[1]
     both = (inside @ inside.T / places).triu(1)
     pairs = [(i + 1, j + 1, both[i, j].item()) for i, j in both.nonzero().tolist()]
@@ -117,4 +143,4 @@ def _labels(masks: Tensor, own: bool) -> Tensor:
         labels[wins] = i + 1
         highest = torch.where(wins, masks[i], highest)
     labels = labels[None]
-    return labels if own else fill_nearest(labels, labels > 0)
+    return labels if own or not inside.any() else fill_nearest(labels, labels > 0)

@@ -7,6 +7,7 @@ style energy know inside from outside on the grids of a network's layers.
 import math
 
 import torch
+from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 from torch import Tensor
 
 from .crops import as_decoded
@@ -45,12 +46,21 @@ def as_mask(mask: Tensor, name: str = "mask", may_be_empty: bool = False) -> Ten
     return mask.clamp(0.0, 1.0)
 
 
-def check_partial(mask: Tensor, name: str = "mask") -> None:
-    """Raise ValueError unless each of the masks [B, H, W] has both an inside and an outside."""
+def numbers(which: Tensor) -> str:
+    """The places of True in a vector as numbers from 1: "2, 5 to 7"; empty without any."""
+    runs: list[list[int]] = []
+    for i in (which.nonzero().flatten() + 1).tolist():
+        if runs and runs[-1][-1] == i - 1:
+            runs[-1] = [runs[-1][0], i]
+        else:
+            runs.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)
+
+
+def check_outside(mask: Tensor, name: str = "mask") -> None:
+    """Raise ValueError unless each of the masks [B, H, W] has an outside."""
     for i, one in enumerate(mask):
         which = f"the {name}" if len(mask) == 1 else f"number {i + 1} of the {len(mask)} {name}s"
-        if float(one.max()) <= 0.0:
-            raise ValueError(f"{which} is empty: it is 0 everywhere. Paint the part that is meant white")
         if float(one.min()) >= 1.0:
             raise ValueError(f"{which} is full: it is 1 everywhere, and nothing is left outside. Paint a part black")
 
@@ -103,6 +113,19 @@ def soften(mask: Tensor, radius: float) -> Tensor:
     return mask * (depth / deepest).to(mask.dtype)
 
 
+def grow(mask: Tensor, pixels: int) -> Tensor:
+    """Masks that reach `pixels` farther in each direction (a square's worth), or less far where that is below 0.
+
+    Args:
+        mask: [B, H, W], of any type that compares.
+    Returns:
+        [B, H, W], on the mask's device; the picture's border is no edge.
+    """
+    window = (1, 2 * abs(pixels) + 1, 2 * abs(pixels) + 1)
+    act = maximum_filter if pixels > 0 else minimum_filter
+    return torch.from_numpy(act(mask.cpu().numpy(), size=window, mode="nearest")).to(mask.device)
+
+
 def keep_outside(image: Tensor, original: Tensor, mask: Tensor, feather: float = 0.0) -> Tensor:
     """The image inside the mask, the original outside: there its values exactly, whatever the image has.
 
@@ -138,16 +161,8 @@ def keep_outside(image: Tensor, original: Tensor, mask: Tensor, feather: float =
 
 def _depth(outside: Tensor, limit: float) -> Tensor:
     """Distance [B, H, W] of every place to the nearest outside one, 0 there, at most `limit`; in float32."""
-    reach = math.ceil(limit)
-    h, w = outside.shape[1:]
-    row = torch.arange(h, device=outside.device, dtype=torch.float32)[:, None].expand(outside.shape)
-    # Squared distances separate: along the columns first, then over what the neighbouring columns found.
-    above = torch.where(outside, row, -float(reach)).cummax(dim=1).values
-    below = torch.where(outside, row, float(h + reach)).flip(1).cummin(dim=1).values.flip(1)
-    column = torch.minimum(row - above, below - row).clamp(max=float(reach))
-    squared = column.square()
-    nearest = squared.clone()
-    for step in range(1, min(reach, w)):
-        nearest[..., step:] = torch.minimum(nearest[..., step:], squared[..., :-step] + step**2)
-        nearest[..., :-step] = torch.minimum(nearest[..., :-step], squared[..., step:] + step**2)
-    return nearest.sqrt().clamp(max=limit)
+    depth = torch.full(outside.shape, limit)
+    for one, out in zip(depth, outside.cpu(), strict=True):
+        if out.any():
+            one.copy_(torch.from_numpy(distance_transform_edt(~out.numpy())))
+    return depth.clamp(max=limit).to(outside.device)

@@ -16,6 +16,7 @@ Our reading, measured on Paperland (docs/saliency.md):
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +88,19 @@ def check_threshold(threshold: float) -> None:
 
 
 @torch.no_grad()
-def find_subject(features: Tensor, threshold: float = THRESHOLD, max_side: int = MAX_SIDE) -> Saliency:
+def find_subject(
+    features: Tensor,
+    threshold: float = THRESHOLD,
+    max_side: int = MAX_SIDE,
+    check: Callable[[], None] = lambda: None,
+) -> Saliency:
     """The part of a picture that differs from the rest and hardly touches the border.
 
     Args:
         features: [C, H, W] of one picture. Larger grids are averaged down to about `max_side`^2 places first.
         threshold: of the cosines of features less their mean; higher asks for more likeness within a part.
         max_side: at least 8.
+        check: called before every cut; what it raises ends the search.
     Returns:
         maps on the grid of the features, on their device.
     Raises:
@@ -108,7 +115,7 @@ def find_subject(features: Tensor, threshold: float = THRESHOLD, max_side: int =
     size = features.shape[1:]
     inner, margins = _inner(_reduced(features.detach().cpu().double(), max_side))
     grid = tuple(inner.shape[1:])
-    side, cuts = _search(_affinity(inner, threshold), grid)
+    side, cuts = _search(_affinity(inner, threshold), grid, check)
     maps = torch.stack([side.places.double(), side.soft()]).unflatten(1, grid)
     hard, soft = F.pad(maps[None], margins, mode="replicate")[0]
     contact = (hard[_border(tuple(hard.shape))] > 0).double().mean().item()
@@ -141,10 +148,11 @@ def _affinity(features: Tensor, threshold: float) -> Tensor:
     return torch.where(f @ f.T > threshold, 1.0, WEAK).to(f)
 
 
-def _search(affinity: Tensor, grid: tuple[int, ...]) -> tuple[_Side, int]:
+def _search(affinity: Tensor, grid: tuple[int, ...], check: Callable[[], None]) -> tuple[_Side, int]:
     """The first side that hardly touches the border, else the one that touches it least; how many cuts that took."""
     places = len(affinity)
     whole = torch.ones(places, dtype=torch.bool)
+    check()
     waiting = [_cut(affinity, whole, grid)]
     seen: list[_Side] = []
     for cuts in range(1, CUTS + 1):
@@ -158,7 +166,10 @@ def _search(affinity: Tensor, grid: tuple[int, ...]) -> tuple[_Side, int]:
         seen += large
         if large and large[0].touch <= TOUCHING:
             return large[0], cuts
-        waiting += [_cut(affinity, s.places, grid) for s in large if s.places.sum() >= 2 * SMALLEST * places]
+        for side in large:
+            if side.places.sum() >= 2 * SMALLEST * places:
+                check()
+                waiting.append(_cut(affinity, side.places, grid))
     if not seen:
         raise ValueError(
             "the picture falls into pieces too small to be a subject: choose a lower threshold or another noise level"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..attention.layers import STAGES
 from ..regions.adain import EPS, MIN_PLACES
-from ..regions.masks import as_mask, check_partial, mask_on_grid
+from ..regions.masks import as_mask, check_outside, mask_on_grid
 from .features import Features
 from .terms import Frames, Resampled, Term
 
@@ -36,9 +36,9 @@ class SpinStyleTerm(Term):
 
     Attributes:
         stream: the background; its picture has the mask's size.
-        mask: [1 or B, H, W] in 0..1, at any resolution.
+        mask: [1 or B, H, W] in 0..1, at any resolution. Pictures whose mask is empty are left out.
     Raises:
-        ValueError: also a mask that is empty, full, or no mask.
+        ValueError: also masks that are all empty, one that is full, or no mask.
     """
 
     mask: Tensor = field(kw_only=True)
@@ -48,7 +48,7 @@ class SpinStyleTerm(Term):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "mask", as_mask(self.mask))
-        check_partial(self.mask)
+        check_outside(self.mask)
 
     def check_fits(self, shape: tuple[int, ...]) -> None:
         theirs = tuple(self.stream.inversion.clean.shape)
@@ -66,7 +66,8 @@ class SpinStyleTerm(Term):
         # The last upsampling layer gives the latent's own grid, the one before it half of that.
         coarse = 2 ** (STAGES - 1)
         grid = -(-shape[2] // coarse), -(-shape[3] // coarse)
-        inside = mask_on_grid(self.mask, grid).sum(dim=(1, 2))
+        there = mask_on_grid(self.mask, grid)
+        inside = there[there.flatten(1).any(dim=1)].sum(dim=(1, 2))
         outside = grid[0] * grid[1] - inside
         if (few := float(inside.min())) < MIN_PLACES or float(outside.min()) < MIN_PLACES:
             which = f"inside covers {few:.1f}" if few < MIN_PLACES else f"outside has {float(outside.min()):.1f}"
@@ -80,7 +81,10 @@ class SpinStyleTerm(Term):
         energies = []
         for f, background in zip(out.stages, other.on_grids_of(out).stages, strict=True):
             mask = self._on_grid(f, frames, resampled)
-            energies.append(style_distance(f, background, mask) * mask.sum(dim=(1, 2)))
+            places = mask.sum(dim=(1, 2))
+            # Where nothing is inside any mask will do: it counts for nothing.
+            some = torch.where(places[:, None, None] > 0, mask, 0.5)
+            energies.append(style_distance(f, background, some) * places)
         return torch.stack(energies).mean(dim=0)
 
     def _on_grid(self, f: Tensor, frames: Frames, resampled: Resampled) -> Tensor:

@@ -48,6 +48,46 @@ def test_a_template_opens_as_the_graph_of_its_api_form(frontend, name: str) -> N
     assert frontend.prompt() == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize("name", ["spin_insert", "spin_with_scsa_sd15"])
+def test_a_graph_from_before_inputs_changed_their_order_loads(frontend, name: str) -> None:
+    """Apply Spin had reference before background, and Spin Style Energy no report."""
+    graph = ui_graph(name)
+    links, changed = {link[0]: link for link in graph["links"]}, 0
+    for node in graph["nodes"]:
+        if node["type"] == "SemanticStyleApplySpin":
+            node["inputs"][1:3] = reversed(node["inputs"][1:3])
+            for slot, given in enumerate(node["inputs"]):
+                if given["link"] is not None:
+                    links[given["link"]][4] = slot
+            assert [given["name"] for given in node["inputs"][1:3]] == ["reference", "background"]
+            changed += 1
+        if node["type"] == "SemanticStyleSpinStyleEnergy":
+            del node["outputs"][1:]
+    assert changed
+    frontend.load(graph)
+    assert frontend.faulty_nodes() == []
+    assert frontend.messages() == []
+    assert frontend.prompt() == json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_bypassing_apply_spin_leaves_the_background_s_prompt(frontend) -> None:
+    graph = ui_graph("spin_insert")
+    api = json.loads((WORKFLOWS / "api" / "spin_insert.json").read_text(encoding="utf-8"))
+    bypassed = {str(n["id"]) for n in graph["nodes"] if n["type"] == "SemanticStyleApplySpin"}
+    for node in graph["nodes"]:
+        if str(node["id"]) in bypassed:
+            node["mode"] = 4
+    frontend.load(graph)
+    given, seen = frontend.prompt(), 0
+    for number, node in given.items():
+        for name, value in api[number]["inputs"].items():
+            if isinstance(value, list) and value[0] in bypassed:
+                handed_on = ("model", "background")[value[1]]
+                assert node["inputs"][name] == api[value[0]]["inputs"][handed_on]
+                seen += 1
+    assert seen >= 2
+
+
 def test_the_dialog_of_templates_shows_and_opens_them(frontend) -> None:
     page = frontend.page
     page.get_by_role("button", name="Templates").first.click()

@@ -44,6 +44,14 @@ def test_the_smallest_region_is_in_percent():
         assert len(MapFromColors.execute(spotted, spotted, 0, smallest).result[0].content.unique()) == number
 
 
+def test_one_region_of_several_colours_is_doubted():
+    ramp = torch.linspace(0.5, 0.52, 48).reshape(1, 1, 48, 1).expand(1, 32, 48, 3)
+    regions, report = MapFromColors.execute(ramp, ramp, 0, 0.5).result
+    assert len(regions.content.unique()) == 1
+    assert "neither compressed nor resized" in report
+    assert "compressed" not in MapFromColors.execute(picture(RED, RED), picture(RED, RED), 0, 0.5).result[1]
+
+
 def test_many_colours_are_doubted():
     colors = torch.rand(6, 6, 3, generator=torch.Generator().manual_seed(0))
     many = colors.repeat_interleave(8, 0).repeat_interleave(8, 1)[None]
@@ -69,6 +77,14 @@ def test_a_batch_a_list_and_flat_masks_are_the_same():
         ]
 
 
+def test_tracked_masks_come_as_a_list_of_clips():
+    clips = [HALVES[:1].expand(3, -1, -1), HALVES[1:].expand(3, -1, -1)]
+    regions, report = MapFromMasks.execute(clips, [HALVES], ["auto"], [3], ["region by region"]).result
+    assert regions.content.shape == (3, 40, 40)
+    assert regions.content[2, 0].tolist() == [1] * 20 + [2] * 20
+    assert report.startswith("2 regions")
+
+
 def test_overlaps_and_gaps_are_reported():
     unclear = masks([1] * 30 + [0] * 10, [0] * 20 + [1] * 14 + [0] * 6)
     overlapped = (
@@ -86,7 +102,7 @@ def test_overlaps_and_gaps_are_reported():
 def test_refused_masks():
     with pytest.raises(ValueError, match=r"content masks have different sizes \(20x40, 40x40\)"):
         MapFromMasks.execute([HALVES, HALVES[:, :, :20]], [HALVES], ["auto"])
-    with pytest.raises(ValueError, match="content has 2 masks and style 1"):
+    with pytest.raises(ValueError, match=r"content has 2 masks \(2 regions in 1 frames\) and style 1"):
         MapFromMasks.execute([HALVES], [HALVES[:1]], ["auto"])
     with pytest.raises(ValueError, match="gaps is 'no'"):
         MapFromMasks.execute([HALVES], [HALVES], ["no"])

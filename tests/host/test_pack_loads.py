@@ -59,6 +59,47 @@ def schemas() -> dict:
     return by_id
 
 
+# For every output that a bypassed node hands on something for, the input: all others hand on nothing.
+PASSED = {
+    ("SemanticStyleAdaIN", "latent"): "content",
+    ("SemanticStyleApplySCSA", "model"): "model",
+    ("SemanticStyleApplySpin", "model"): "model",
+    ("SemanticStyleApplySpin", "positive"): "background",
+    ("SemanticStyleCombineEnergies", "energy"): "a",
+    ("SemanticStyleInversionFromBatch", "inversion"): "inversion",
+    ("SemanticStyleKeepBackground", "image"): "image",
+    ("SemanticStylePreviewMap", "preview"): "content",
+    ("SemanticStyleReplay", "latent"): "start",
+    ("SemanticStyleSaliency", "preview"): "image",
+    ("SemanticStyleSpinEmbedding", "report"): "image",
+    # Values of widgets: the frontend takes those, too. The last three mean nothing, and no order would keep them back.
+    ("SemanticStyleSpinEmbedding", "embedding"): "class_word",
+    ("SemanticStyleFlicker", "excess"): "still",
+    ("SemanticStylePaperlandEncode", "unknown"): "caption",
+    ("SemanticStyleSaveInversion", "file"): "filename_prefix",
+}
+
+
+def bypassed(schema) -> dict[str, str]:
+    """By output the input that the frontend passes in its place when the node is bypassed: the one of the same slot if
+    its type fits, else the first of that type. Sockets come before widgets.
+    """
+    widgets = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    inputs = sorted(schema.inputs, key=lambda i: i.get_io_type() in widgets)
+    passed = {}
+    for slot, output in enumerate(schema.outputs):
+        kind = output.get_io_type()
+        fitting = [i.id for i in (*inputs[slot : slot + 1], *inputs) if i.get_io_type() == kind]
+        if fitting:
+            passed[output.display_name] = fitting[0]
+    return passed
+
+
+def test_a_bypassed_node_hands_on_what_one_expects(schemas: dict) -> None:
+    found = {(node, out): given for node, schema in schemas.items() for out, given in bypassed(schema).items()}
+    assert found == PASSED
+
+
 def test_the_node_ids_are_the_public_ones(schemas: dict) -> None:
     assert set(schemas) == NODE_IDS
 

@@ -136,6 +136,39 @@ def test_a_mask_for_each_picture_in_pixels(model):
     assert torch.equal(again[0], mask)
 
 
+def test_one_picture_without_a_thing_does_not_stop_the_others(model):
+    """A frame on which nothing is to be seen, and one whose subject shrinking takes away."""
+    frames = torch.cat([latent(), latent(seed=2), latent(seed=3)])
+    alone = run(model, latent={"samples": frames[[0, 2]]}, prompt=EMPTY)[0]
+
+    def flatten_the_second(module, args, out):
+        out = out.clone()
+        out[1] = 1
+        return out
+
+    hook = model.model.diffusion_model.output_blocks[8][-1].register_forward_hook(flatten_the_second)
+    try:
+        mask, preview, report = run(model, latent={"samples": frames}, prompt=EMPTY)
+    finally:
+        hook.remove()
+    assert torch.equal(mask[[0, 2]], alone)
+    assert not mask[1].any()
+    assert preview.shape == (3, 128, 96, 3)
+    (named,) = [line for line in report.splitlines() if "no subject" in line]
+    assert named.startswith("Picture 2: no subject, its mask is empty: the features are the same everywhere")
+
+
+def test_what_is_left_of_one_picture_is_enough(model):
+    both = {"samples": torch.cat([latent(), latent(seed=2)])}
+    sizes = run(model, latent=both, prompt=EMPTY)[0]
+    kept = [i for i in range(2) if run(model, latent={"samples": both["samples"][[i]]}, prompt=EMPTY)[0].any()]
+    assert kept == [0, 1]
+    shrunk = next(g for g in range(1, 128) if (F.max_pool2d(-sizes, 2 * g + 1, 1, g) < 0).flatten(1).any(1).sum() == 1)
+    mask, _, report = run(model, latent=both, prompt=EMPTY, grow=-shrunk)
+    assert mask.flatten(1).any(dim=1).sum() == 1
+    assert "its mask is empty: nothing is left of the subject" in report
+
+
 def test_modes_and_growing(model):
     given = {"latent": {"samples": latent()}, "prompt": EMPTY}
     hard, soft = run(model, **given)[0], run(model, mode="soft", **given)[0]
@@ -226,8 +259,10 @@ def test_a_picture_without_a_thing_is_an_error(model):
     upsampling = model.model.diffusion_model.output_blocks[8][-1]
     flat = upsampling.register_forward_hook(lambda module, args, out: torch.ones_like(out))
     try:
-        with pytest.raises(ValueError, match="same everywhere"):
-            find_subjects(Request(model, latent(), EMPTY))
+        with pytest.raises(ValueError, match=r"^the features are the same everywhere"):
+            run(model, latent={"samples": latent()}, prompt=EMPTY)
+        with pytest.raises(ValueError, match=r"in none of the 2 pictures .* same everywhere"):
+            run(model, latent={"samples": latent(2)}, prompt=EMPTY)
     finally:
         flat.remove()
     broken = upsampling.register_forward_hook(lambda module, args, out: out * torch.nan)

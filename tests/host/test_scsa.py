@@ -125,6 +125,26 @@ def outputs(node, *inputs):
     return tuple(getattr(result, "result", result))
 
 
+def test_a_second_larger_pass_is_told_its_nodes_and_they_work(model, pictures, patched):
+    first = stock(patched)
+    larger = torch.nn.functional.interpolate(first, scale_factor=2, mode="bilinear")
+
+    def second_pass(model):
+        sampler = comfy.samplers.KSampler(model, 4, model.load_device, "euler", "normal", 0.5, model.model_options)
+        noise = random(*larger.shape, seed=3)
+        given = {"latent_image": larger, "disable_pbar": True, "seed": 1}
+        return sampler.sample(noise, POSITIVE, NEGATIVE, CFG, **given)
+
+    with pytest.raises(ValueError, match=r"Upscale Image .* VAE Encode, DDIM Inversion .* own Apply SCSA") as told:
+        second_pass(patched)
+    assert "8x16, the one being sampled is 16x32" in str(told.value)
+    content = invert(model, 1, size=(32, 16))
+    again = apply_scsa(model, Patch(Pictures(content, pictures.style), label_maps(), Settings(a1=0.0)))
+    out = second_pass(again)
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, second_pass(model))
+
+
 def once(model, positive=POSITIVE, cfg=CFG):
     """One prediction of a picture, with and without prompt."""
     return predict(cfg_guider(model, positive, cfg=cfg), random(1, 4, *SIZE, seed=9), 1.3)
@@ -649,7 +669,7 @@ def test_what_does_not_fit_is_refused_before_any_call(model, patch, pictures, pa
         refused(r"no self-attention in output block\(s\) 2, 12; those that have are 3, 4", blocks=(2, 6, 12))
         with pytest.raises(ValueError, match="has SCSA already"):
             apply_scsa(patched, patch)
-        with pytest.raises(ValueError, match=r"content latent \[1, 4, 16, 8\].*\[1, 4, 16, 16\]"):
+        with pytest.raises(ValueError, match="content latent of 8x16, the one being sampled is 16x16"):
             predict(cfg_guider(patched), torch.zeros(1, 4, 16, 16), 1.0)
         with pytest.raises(ValueError, match="invert with the model from before that node"):
             invert(patched, 1)

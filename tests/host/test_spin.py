@@ -588,15 +588,33 @@ def test_everything_at_once(model):
     assert torch.equal(out, replayed(guider, background))
 
 
+def test_frames_with_an_empty_mask_are_left_out_and_named(model):
+    background, mask = invert_ddim(task(model, 1, POSITIVE)), background_mask()
+    masks = torch.cat([mask, torch.zeros_like(mask), mask])
+    energy, report = SpinStyleEnergy.execute(background, masks, 2.0, 0.0, 1.0).result
+    assert report == "Left out, their masks being empty: 2 of 3 frames"
+    x = random(3, 4, *SIZE, seed=9)
+
+    def guided(energy, x):
+        return predict(ReportingGuider(model, POSITIVE, NEGATIVE, 1.0, energy, cache=None), x)
+
+    out, plain = guided(energy, x), guided(spin_energy(background, mask, 0.0), x)
+    torch.testing.assert_close(out[1], plain[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[[0, 2]], guided(spin_energy(background, mask, 2.0), x[[0, 2]]), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="is empty"):
+        SpinStyleEnergy.execute(background, 0 * masks, 2.0, 0.0, 1.0)
+
+
 def test_the_nodes(model):
     patched, positive = ApplySpin.execute(model, REFERENCE, POSITIVE, right(), 1.0, 0.0, 1.0, 0).result
     assert positive is POSITIVE
     assert torch.equal(stock(patched), stock(apply_spin(model, REFERENCE, right())))
     background = invert_ddpm(task(model, 1, POSITIVE))
-    (energy,) = SpinStyleEnergy.execute(background, background_mask(), 2.0, 0.1, 0.9).result
+    energy, report = SpinStyleEnergy.execute(background, background_mask(), 2.0, 0.1, 0.9).result
+    assert report == ""
     (term,) = energy.terms
     assert (term.weight, term.start, term.end, term.stream.conditioning) == (2.0, 0.1, 0.9, background.positive)
-    (energy,) = SpinStyleEnergy.execute(background, background_mask(), 2.0, 0.1, 0.9, NEGATIVE).result
+    energy, _ = SpinStyleEnergy.execute(background, background_mask(), 2.0, 0.1, 0.9, NEGATIVE).result
     assert energy.terms[0].stream.conditioning is NEGATIVE
     image, original = torch.rand(2, 16, 8, 3), torch.rand(1, 16, 8, 3)
     mask = torch.zeros(1, 128, 64)

@@ -8,6 +8,7 @@ import comfy.patcher_extension
 import folder_paths
 import pytest
 import torch
+from comfy_extras.nodes_easycache import EasyCacheNode
 from newer_hosts import dynamic
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -182,6 +183,11 @@ def test_attention_patches_are_left_aside_and_wrappers_stay(model, clip):
     assert "attn2_patch" in patched.model_options["transformer_options"]["patches"]
 
 
+def test_a_step_cache_is_left_aside(model, clip):
+    cached = EasyCacheNode.execute(model, 1e9, 0.0, 1.0, False)[0]
+    assert learn_embedding(task(cached, clip)).losses == learn_embedding(task(model, clip)).losses
+
+
 def test_weights_patches_count(model, clip):
     patched = model.clone()
     key = next(k for k in model.model.state_dict() if k.endswith("attn2.to_v.weight"))
@@ -291,6 +297,17 @@ def test_a_name_that_is_taken_gets_a_number_unless_told_otherwise(model, clip, e
     assert not torch.equal(one, two)
 
 
+def test_a_replaced_word_is_said_to_stay_in_prompts_that_were_typed(model, clip, caplog):
+    said = "keep the old word until their text changes"
+    new = run_node(model, clip, overwrite=True)[2]
+    assert said not in caplog.text
+    again = run_node(model, clip, overwrite=True)[2]
+    assert f"embedding:spin replaced: prompts that were run {said}" in caplog.text
+    differing = (new != again).flatten(0, 1).any(dim=-1) if new.ndim == 3 else (new != again)[0].any(dim=-1)
+    assert differing[:22].any(), "a line above"
+    assert not differing[30:].any(), "the same run otherwise"
+
+
 def test_a_mask_of_another_size_counts_by_area(model, clip):
     mask = torch.zeros(1, 30, 44)
     mask[:, 5:19, 7:33] = 1
@@ -303,6 +320,19 @@ def test_a_mask_of_another_size_counts_by_area(model, clip):
     assert torch.equal(a, b)
     assert torch.allclose(c, d, atol=1e-6)
     assert not torch.allclose(a, c, atol=1e-6)
+
+
+def test_pictures_with_an_empty_mask_are_left_out_and_named(model, clip, caplog):
+    frames, mask = torch.cat([latent(), latent(seed=2), latent(seed=3)]), torch.zeros(3, 8, 8)
+    mask[0, 2:5] = mask[2, 3:7] = 1
+    first, _, report = run_node(model, clip, latent={"samples": frames}, saliency=mask)
+    assert "left out, their masks being empty: 2 of 3 pictures" in caplog.text
+    kept = [0, 2]
+    alone, _, other = run_node(model, clip, latent={"samples": frames[kept]}, saliency=mask[kept])
+    assert torch.equal(first[0][0], alone[0][0])
+    assert not torch.equal(report, other), "the report says it"
+    with pytest.raises(ValueError, match="empty"):
+        run_node(model, clip, latent={"samples": frames}, saliency=0 * mask)
 
 
 def test_an_inversion_or_an_image_in_the_latent_s_place(model, clip, demo):

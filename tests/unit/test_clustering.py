@@ -230,6 +230,24 @@ def test_a_seed_decides_everything():
     assert any(not torch.equal(a.regions.content, o) for o in others)
 
 
+def test_a_search_ends_when_told():
+    sides = [joint_vectors([random(1, 6, 9, 9, seed=s)]) for s in (1, 2)]
+    asked = []
+
+    def end_at(count):
+        def check():
+            asked.append(1)
+            if len(asked) == count:
+                raise KeyboardInterrupt
+
+        return check
+
+    for count in (1, 2, 5):
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            cluster(*sides, check=end_at(count))
+
+
 def test_frames_share_their_labels_with_the_one_style(plain):
     frames = torch.cat([CONTENT, CONTENT.flip(2), CONTENT.roll(3, 2)])
     regions = found(frames, STYLE, regions=3, smoothing=0).regions

@@ -68,6 +68,15 @@ def test_borders_and_compression_make_no_regions(palette, quality):
         assert agreement(labels, truth, colors, found.colors) > least
 
 
+def test_a_large_compressed_map_keeps_its_size():
+    colors = PALETTES["primary"]
+    picture, truth = draw(colors, (1301, 1003), False)
+    found = regions_from_colors(tensor(compressed(picture, 60)), tensor(picture)[:, ::4, ::4])
+    assert found.regions.content.shape == (1, 1003, 1301)
+    assert found.regions.style.shape == (1, 251, 326)
+    assert agreement(found.regions.content[0], truth, colors, found.colors) > 0.99
+
+
 def test_noise_makes_no_regions():
     colors = PALETTES["primary"]
     picture, truth = draw(colors, (256, 200), False)
@@ -101,6 +110,58 @@ def test_colours_are_joint_and_may_be_on_one_side_only():
     assert found.regions.content.unique().tolist() == [1, 2]
     assert found.regions.style.unique().tolist() == [1, 2, 3]
     assert (found.regions.style[0, :8, 20:] == found.regions.content[0, 0, -1]).all()
+
+
+def stripes(*colors, size=64):
+    """A picture of vertical stripes of these bytes."""
+    columns = torch.tensor(colors).repeat_interleave(size // len(colors), 0).float() / 255
+    return columns.expand(1, size, -1, -1).clone()
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_flat_colours_that_hardly_differ_stay_apart(number):
+    """Two of ADE20K's: #787846 and #787850."""
+    picture = stripes((0x78, 0x78, 0x46), (0x78, 0x78, 0x50))
+    found = regions_from_colors(picture, picture.flip(2), number)
+    assert found.regions.content[0, 0, [0, -1]].tolist() == found.regions.style[0, 0, [-1, 0]].tolist()
+    assert len(found.colors) == len(found.regions.content.unique()) == 2
+
+
+def test_label_numbers_as_grey_are_regions():
+    picture = stripes(*[(i, i, i) for i in range(4)])
+    found = regions_from_colors(picture, picture)
+    assert sorted((found.colors[:, 0] * 255).round().tolist()) == [0, 1, 2, 3]
+    assert torch.equal((found.colors[found.regions.content - 1] * 255).round(), (picture * 255).round())
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_a_thin_strip_beside_a_similar_colour_stays(width):
+    picture = stripes((200, 50, 50), (40, 90, 160))
+    picture[:, :, 20 : 20 + width] = torch.tensor([200, 60, 50]) / 255
+    found = regions_from_colors(picture, picture)
+    assert len(found.colors) == 3
+    assert (found.regions.content[0, 0, 18 : 22 + width].diff() != 0).sum() == 2
+
+
+def test_colours_between_two_others_are_their_border():
+    """One line of the mean colour: what smoothing makes of an edge."""
+    picture = stripes((200, 50, 50), (40, 90, 160))
+    picture[:, :, 32] = torch.tensor([120, 70, 105]) / 255
+    assert len(regions_from_colors(picture, picture).colors) == 2
+
+
+def test_a_smooth_gradient_and_a_search_that_is_ended():
+    y, x = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
+    gradient = torch.stack([x, y, (x + y) / 2], dim=-1)[None] / 95
+    asked = []
+    regions_from_colors(gradient, gradient, check=lambda: asked.append(1))
+    assert len(asked) > 10
+
+    def end():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        regions_from_colors(gradient, gradient, check=end)
 
 
 def spotted():

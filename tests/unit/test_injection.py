@@ -86,7 +86,7 @@ def test_every_layer_attends_to_the_reference_inside_and_to_the_background_outsi
     call(unet, x, context, injection.options(options))
     for handle in handles:
         handle.remove()
-    assert injection.fired == len(layers)
+    assert injection.fired
     grids = set()
     for layer, attn2 in layers.items():
         q, out = seen[layer, "q"], seen[layer, "out"]
@@ -126,7 +126,7 @@ def test_nothing_changes_where_there_is_nothing_to_change(unet):
     plain = call(unet, x, context, dict(options))
     nothing = inject(unet, scaled(half(), 0.0))
     assert torch.equal(call(unet, x, context, nothing.options(options)), plain)
-    assert nothing.fired == 0
+    assert not nothing.fired
     same = inject(unet, tokens=BACKGROUND)
     torch.testing.assert_close(call(unet, x, context, same.options(options)), plain)
     given = {"patches_replace": {"attn2": {}}}
@@ -176,11 +176,7 @@ def test_a_call_for_an_area_takes_that_part_of_the_mask(unet):
     out = call(unet, x, BACKGROUND, whole.options({}, [Chunk(area=part)]))
     cropped = inject(unet, mask[:, 4:12, 10:22])
     assert torch.equal(out, call(unet, x, BACKGROUND, cropped.options()))
-    outside = whole.options({}, [Chunk(area=(8, 8, 0, 16))])
-    before = whole.fired
-    x = random(1, 48, 8, 8, seed=4)
-    assert torch.equal(call(unet, x, BACKGROUND, outside), call(unet, x, BACKGROUND))
-    assert whole.fired == before
+    assert whole.options({}, [Chunk(area=(8, 8, 0, 16))]) == {}, "nothing of the mask is there"
     with pytest.raises(ValueError, match="give the injection `size`"):
         call(unet, x, BACKGROUND, inject(unet).options({}, [Chunk(area=part)]))
 

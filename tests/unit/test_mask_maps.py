@@ -68,6 +68,49 @@ def test_a_region_may_be_missing_on_one_side():
     assert found.regions.style.tolist() == [[[1, 1]]]
 
 
+def test_many_masks_may_be_one_region_in_many_frames():
+    moving = torch.eye(16)[:, None, :]
+    one = regions_from_masks(moving, moving[:1], "own region", frames=16)
+    assert one.regions.content.shape == (16, 1, 16)
+    assert torch.equal(one.regions.content[:, 0], torch.eye(16).long())
+    assert one.regions.style.tolist() == [[[1] + [0] * 15]]
+    assert one.content.gaps == 15 / 16
+    many = regions_from_masks(moving, moving)
+    assert many.regions.content.tolist() == [[list(range(1, 17))]]
+
+
+@pytest.mark.parametrize("order", ["region by region", "frame by frame"])
+def test_frames_times_regions(order):
+    # The border between two regions moves.
+    left = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]).float()
+    by_region = torch.stack([left, 1 - left])
+    given = by_region if order == "region by region" else by_region.transpose(0, 1)
+    given = given.reshape(6, 1, 4)
+    style = masks([1, 1, 0, 0], [0, 0, 1, 1])
+    found = regions_from_masks(given, style, frames=3, order=order)
+    assert found.regions.content[:, 0].tolist() == [[1, 2, 2, 2], [1, 1, 2, 2], [1, 1, 1, 2]]
+    assert found.regions.style.tolist() == [[[1, 1, 2, 2]]]
+    both = regions_from_masks(given, given, frames=3, order=order)
+    assert torch.equal(both.regions.style, found.regions.content)
+    assert not both.gap_region
+
+
+def test_a_frame_without_masks_does_not_stop_the_others():
+    lost = masks([1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1])
+    found = regions_from_masks(lost, lost[:1], "nearest region", frames=3)
+    assert found.regions.content[:, 0].tolist() == [[1] * 4, [0] * 4, [1] * 4]
+    assert found.gap_region
+
+
+def test_refused_frames():
+    with pytest.raises(ValueError, match="content has 3 masks, which are not 2 frames"):
+        regions_from_masks(GAPPED[[0, 1, 1]], FULL, frames=2)
+    with pytest.raises(ValueError, match=r"6 masks \(3 regions in 2 frames\) and style 2: .* have 3 of its own or 6"):
+        regions_from_masks(GAPPED[[0, 1] * 3], FULL, frames=2)
+    with pytest.raises(ValueError, match="order is 'no'; choose one of region by region, frame by frame"):
+        regions_from_masks(FULL, FULL, order="no")
+
+
 def test_arguments_stay_as_they_are():
     before = GAPPED.clone()
     regions_from_masks(GAPPED, GAPPED)
@@ -77,7 +120,7 @@ def test_arguments_stay_as_they_are():
 @pytest.mark.parametrize(
     ("content", "style", "message"),
     [
-        (FULL, FULL[:1], "content has 2 masks and style 1"),
+        (FULL, FULL[:1], r"content has 2 masks \(2 regions in 1 frames\) and style 1"),
         (FULL[0], FULL, r"content masks must be a batch \[N, H, W\], one mask for each region, got \[1, 8\]"),
         (FULL, torch.zeros(2, 0, 4), "style masks"),
         (FULL, [FULL], "got list"),

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from semantic_style.regions.masks import as_mask, check_partial, keep_outside, mask_on_grid, soften
+from semantic_style.regions.masks import as_mask, check_outside, grow, keep_outside, mask_on_grid, numbers, soften
 
 
 def random(*shape, seed=0):
@@ -81,6 +81,17 @@ def test_the_border_of_the_picture_is_no_edge():
             soften(half, radius)
 
 
+@pytest.mark.parametrize("pixels", [0, 1, 3, 40])
+def test_growing_takes_the_largest_of_a_square_and_shrinking_the_smallest(pixels):
+    mask = random(2, 11, 17)
+    window = 2 * pixels + 1
+    for sign in (1, -1):
+        expected = sign * torch.nn.functional.max_pool2d(sign * mask[:, None], window, 1, pixels)[:, 0]
+        assert torch.equal(grow(mask, sign * pixels), expected)
+    inside = mask > 0.9
+    assert torch.equal(grow(inside, pixels), grow(inside.double(), pixels) > 0)
+
+
 def test_what_is_taken_for_a_mask():
     single = torch.zeros(3, 4, dtype=torch.bool)
     single[1] = True
@@ -117,17 +128,21 @@ def test_what_is_no_mask_is_refused(mask, message):
         as_mask(mask)
 
 
-def test_a_mask_may_be_asked_for_an_inside_and_an_outside():
+def test_a_mask_may_be_asked_for_an_outside():
     half = torch.zeros(2, 4, 4)
     half[:, 1] = 1
-    check_partial(half)
-    for value, message in ((0.0, "number 2 of the 2 masks is empty"), (1.0, "number 2 of the 2 masks is full")):
-        bad = half.clone()
-        bad[1] = value
-        with pytest.raises(ValueError, match=message):
-            check_partial(bad)
+    check_outside(half)
+    half[1] = 1
+    with pytest.raises(ValueError, match="number 2 of the 2 masks is full"):
+        check_outside(half)
     with pytest.raises(ValueError, match="the mask is full"):
-        check_partial(torch.ones(1, 2, 2))
+        check_outside(torch.ones(1, 2, 2))
+
+
+def test_numbers_in_words():
+    assert numbers(torch.tensor([False, True, False, True, True, True, False, True])) == "2, 4 to 6, 8"
+    assert numbers(torch.tensor([True, True])) == "1 to 2"
+    assert numbers(torch.zeros(3, dtype=torch.bool)) == ""
 
 
 def test_the_original_is_kept_outside_exactly():

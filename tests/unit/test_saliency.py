@@ -97,6 +97,18 @@ def test_affinity_by_hand():
             assert w[i, j] == pytest.approx(1.0 if cosine > 0.2 else WEAK)
 
 
+def test_a_search_ends_when_told():
+    features, _ = planted()
+
+    def end():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_subject(features, check=end)
+    asked = []
+    assert find_subject(features, check=lambda: asked.append(1)).cuts <= len(asked)
+
+
 def test_otsu_against_all_thresholds():
     v = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     t = _otsu(v)

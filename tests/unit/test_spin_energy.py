@@ -136,7 +136,8 @@ def test_the_scale_of_a_channel_does_not_count_and_flat_ones_are_finite():
     [
         (torch.zeros(1, 8, 12), "is empty"),
         (torch.ones(1, 8, 12), "is full"),
-        (torch.stack([box()[0], torch.zeros(8, 12)]), "number 2 of the 2 masks is empty"),
+        (torch.zeros(2, 8, 12), "is empty"),
+        (torch.stack([torch.zeros(8, 12), torch.ones(8, 12)]), "number 2 of the 2 masks is full"),
         (torch.full((1, 8, 12), math.nan), "not finite"),
     ],
 )
@@ -168,6 +169,26 @@ def test_a_step_along_the_gradient_brings_the_inside_nearer():
     assert gradient.abs().max() > 0
     after = term.value(seen(x - 1e-3 * gradient), features[background.key][None], None, Resampled())
     assert float(after) < float(before["spin style"])
+
+
+def test_pictures_with_an_empty_mask_are_left_out():
+    masks = box(rows=3)
+    masks[1] = 0
+    term = SpinStyleTerm(stream(), 1.0, mask=masks)
+    term.check_fits((3, 4, 8, 12))
+    stages = [random(3, 5, 4, 6, seed=1).requires_grad_(), random(3, 5, 8, 12, seed=2).requires_grad_()]
+    background = Features((random(1, 5, 4, 6, seed=3), random(1, 5, 8, 12, seed=4)), ())
+    values = term.value(Features(tuple(stages), ()), background, None, Resampled())
+    assert values[1].item() == 0.0
+    alone = SpinStyleTerm(stream(), 1.0, mask=box())
+    kept = Features(tuple(s[[0, 2]] for s in stages), ())
+    torch.testing.assert_close(values[[0, 2]], alone.value(kept, background, None, Resampled()))
+    for gradient in torch.autograd.grad(values.sum(), stages):
+        assert torch.isfinite(gradient).all()
+        assert not gradient[1].any()
+        assert gradient[0].any()
+    window = Features(tuple(s[[1]] for s in stages), ())
+    assert term.value(window, background, (1,), Resampled()).item() == 0.0
 
 
 def test_what_does_not_fit_is_refused_before_the_run():
