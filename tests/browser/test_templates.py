@@ -1,19 +1,38 @@
-"""Templates and help pages in ComfyUI's real frontend."""
+"""Templates and help pages in ComfyUI's real frontend, and workflows that it converts as the batch runner does."""
 
 from __future__ import annotations
 
 import json
+import random
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from semantic_style.runner.convert import to_api
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 PACK = "semantic-style"
 HELP_MILLISECONDS = 15_000
+FOLD = """(numbers) => {
+    app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => numbers.includes(node.id))));
+    return JSON.stringify(app.graph.serialize());
+}"""
+INSERT = """() => {
+    const [primitive, reroute] = ["PrimitiveNode", "Reroute"].map(type => LiteGraph.createNode(type));
+    app.graph.add(primitive);
+    app.graph.add(reroute);
+    const find = type => app.graph.nodes.find(node => node.type === type);
+    const [sampler, model] = [find("KSampler"), find("SemanticStylePaperlandModel")];
+    const slot = name => sampler.inputs.findIndex(input => input.name === name);
+    primitive.connect(0, sampler, slot("seed"));
+    primitive.widgets[0].value = 4242;
+    model.connect(0, reroute, 0);
+    reroute.connect(0, sampler, slot("model"));
+    return JSON.stringify(app.graph.serialize());
+}"""
 MOST_SCROLLS, SCROLL_MILLISECONDS = 60, 500
 
 
@@ -132,3 +151,37 @@ def test_every_node_of_the_templates_has_a_help_page(address: str) -> None:
     for kind in kinds:
         _, page = get(address, f"/extensions/{PACK}/docs/{kind}.md")
         assert heading(kind) in page.decode()
+
+
+def assert_converted_as_the_frontend_does(frontend, address: str, graph: dict[str, Any]) -> None:
+    definitions = json.loads(get(address, "/object_info")[1])
+    frontend.load(graph)
+    assert to_api(graph, definitions) == frontend.prompt()
+
+
+@pytest.mark.parametrize("mode", [2, 4], ids=["muted", "bypassed"])
+@pytest.mark.parametrize("name", ["scsa_semantix_sd15", "spin_insert", "semantix_video"])
+def test_muted_and_bypassed_nodes_are_converted_as_here(frontend, address: str, name: str, mode: int) -> None:
+    graph = ui_graph(name)
+    for node in random.Random(mode).sample(graph["nodes"], 4):
+        node["mode"] = mode
+    assert_converted_as_the_frontend_does(frontend, address, graph)
+
+
+@pytest.mark.parametrize("name", ["scsa_auto", "semantix_image", "paperland_text_to_image"])
+def test_subgraphs_are_converted_as_here(frontend, address: str, name: str) -> None:
+    """Made by the frontend itself, of half of a graph's nodes."""
+    graph = ui_graph(name)
+    numbers = [node["id"] for node in graph["nodes"] if node["type"] != "MarkdownNote"]
+    frontend.load(graph)
+    folded = json.loads(frontend.page.evaluate(FOLD, random.Random(0).sample(numbers, len(numbers) // 2)))
+    assert len(folded["definitions"]["subgraphs"]) == 1
+    assert_converted_as_the_frontend_does(frontend, address, folded)
+
+
+def test_primitive_nodes_and_reroutes_are_converted_as_here(frontend, address: str) -> None:
+    frontend.load(ui_graph("paperland_text_to_image"))
+    graph = json.loads(frontend.page.evaluate(INSERT))
+    assert {"PrimitiveNode", "Reroute"} <= {node["type"] for node in graph["nodes"]}
+    assert_converted_as_the_frontend_does(frontend, address, graph)
+    assert 4242 in {node["inputs"].get("seed") for node in frontend.prompt().values()}
