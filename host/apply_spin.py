@@ -31,8 +31,8 @@ OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 # Where the host's model takes `transformer_options` when it is called by position.
 OPTIONS_AT = 5
-# What else a CONDITIONING may say; the injection takes its tokens only.
-_NOT_TAKEN = ("area", "mask", "control", "gligen", "hooks", "start_percent", "end_percent")
+# What else a CONDITIONING may say; the injection takes its tokens and its range only.
+_NOT_TAKEN = ("area", "mask", "control", "gligen", "hooks")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def apply_spin(
     Outside it takes what the sampler's positive says. A model may get several of them: the last lies in front.
 
     Args:
-        reference: CONDITIONING; its first entry's tokens.
+        reference: CONDITIONING; an entry counts in its own range of the run, of several in one range the first.
         mask: MASK [1 or B, H, W], of the picture as a whole at any resolution.
         strength: 0 (nothing) to 1 (all) of the attention inside.
         start, end: the part of the run in which it acts, 0 the noisiest level.
@@ -75,24 +75,32 @@ def apply_spin(
     """
     if not 0.0 <= start <= end <= 1.0:
         raise ValueError(f"Spin acts from {start} to {end}: both between 0 and 1, start not after end")
-    tokens = reference_tokens(reference)
-    check_tokens(tokens, all_cross_attention(model.model.diffusion_model))
-    spin = Spin(tokens, scaled(soften(as_mask(mask), soft_edge), strength), start, end)
+    shown = scaled(soften(as_mask(mask), soft_edge), strength)
     patched = model.clone()
-    patched.add_wrapper_with_key(OUTER_SAMPLE, KEY, _Sampling(spin))
+    for tokens, first, last in reference_tokens(reference):
+        check_tokens(tokens, all_cross_attention(model.model.diffusion_model))
+        if max(start, first) <= min(end, last):
+            spin = Spin(tokens, shown, max(start, first), min(end, last))
+            patched.add_wrapper_with_key(OUTER_SAMPLE, KEY, _Sampling(spin))
     return patched
 
 
-def reference_tokens(reference: list) -> Tensor:
-    """[1 or B, T, C] of a CONDITIONING's first entry; a warning says what is left out of it."""
+def reference_tokens(reference: list) -> list[tuple[Tensor, float, float]]:
+    """Tokens [1 or B, T, C] of a CONDITIONING's entries and the part of the run in which each counts, none twice; a
+    warning says what is left out of it.
+    """
     if not isinstance(reference, (list, tuple)) or not reference or not isinstance(reference[0][0], Tensor):
         raise ValueError("the reference's conditioning is empty: connect Spin Embedding's or CLIP Text Encode's")
-    tokens, settings = reference[0]
-    if len(reference) > 1:
-        logging.warning("Semantic Style: Spin takes the first of the reference's %d conditionings.", len(reference))
-    if left := [name for name in _NOT_TAKEN if settings.get(name) is not None]:
-        logging.warning("Semantic Style: Spin leaves out the %s of the reference's conditioning.", ", ".join(left))
-    return tokens
+    taken: list[tuple[Tensor, float, float]] = []
+    for tokens, settings in reference:
+        first, last = settings.get("start_percent", 0.0), settings.get("end_percent", 1.0)
+        if any(first < end and start < last for _, start, end in taken):
+            logging.warning("Semantic Style: of reference prompts for the same part of a run Spin takes the first.")
+            continue
+        taken.append((tokens, first, last))
+        if left := [name for name in _NOT_TAKEN if settings.get(name) is not None]:
+            logging.warning("Semantic Style: Spin leaves out the %s of the reference's conditioning.", ", ".join(left))
+    return taken
 
 
 def spin_energy(

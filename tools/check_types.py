@@ -22,7 +22,9 @@ def main() -> int:
         packages = [f"--package=semantic_style.{part}" for part in PARTS if (ROOT / part / "__init__.py").is_file()]
         # No cache: it would remember files by the temporary folder's name, and take missing ones to be still missing.
         options = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={os.devnull}"]
-        scripts = [str(ROOT / "tools" / name) for name in ("setup.py", "host_install.py", "run.py")]
+        scripts = [
+            str(Path(folder) / "semantic_style" / "tools" / name) for name in ("setup.py", "host_install.py", "run.py")
+        ]
         runs = [[*options, *packages], [*options, *scripts]]
         return max(subprocess.run([sys.executable, "-m", "mypy", *run], cwd=folder).returncode for run in runs)
 

@@ -531,12 +531,28 @@ def test_what_does_not_fit_the_latent_is_refused_before_the_first_call(model, sp
 
 
 def test_what_is_left_out_of_the_reference_is_said(model, caplog):
-    reference = node_helpers.conditioning_set_values(REFERENCE + POSITIVE, {"start_percent": 0.5})
+    reference = node_helpers.conditioning_set_values(REFERENCE + POSITIVE, {"mask": torch.ones(1, 16, 8)})
     with caplog.at_level(logging.WARNING):
         several = apply_spin(model, reference, right())
-    assert any("first of the reference's 2" in r.message for r in caplog.records)
-    assert any("leaves out the start_percent" in r.message for r in caplog.records)
+    assert any("takes the first" in r.message for r in caplog.records)
+    assert any("leaves out the mask" in r.message for r in caplog.records)
     assert torch.equal(stock(several), stock(apply_spin(model, REFERENCE, right())))
+
+
+def test_a_reference_counts_in_its_own_range(model, caplog):
+    def ranged(reference, start, end):
+        return node_helpers.conditioning_set_values(reference, {"start_percent": start, "end_percent": end})
+
+    early, late = ranged(REFERENCE, 0.0, 0.5), ranged(EMPTY, 0.5, 1.0)
+    with caplog.at_level(logging.WARNING):
+        both = stock(apply_spin(model, early + late, right()), steps=4)
+    assert caplog.records == []
+    by_hand = apply_spin(apply_spin(model, REFERENCE, right(), end=0.5), EMPTY, right(), start=0.5)
+    assert torch.equal(both, stock(by_hand, steps=4))
+    only = apply_spin(model, early, right(), start=0.2)
+    assert torch.equal(stock(only, steps=4), stock(apply_spin(model, REFERENCE, right(), start=0.2, end=0.5), steps=4))
+    never = stock(apply_spin(model, early, right(), start=0.6), steps=4)
+    assert torch.equal(never, stock(model, steps=4))
 
 
 def test_two_subjects(model):
