@@ -8,12 +8,14 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..host.energy_guider import EnergyGuider, why_nothing
-from ..host.semantix_transfer import Transfer, make_energy
+from ..host.replay_sampler import ReplaySampler, check_skip
+from ..host.semantix_transfer import describe, make_energy, sample
 from ..pictures.report_plot import HEIGHT, WIDTH, report_plot
 from ..regions.semantic_map import SemanticMap
+from ..samplers.guidance_report import GuidanceReport
 from ..samplers.inversion import Inversion
 from ..samplers.semantix_energy import FOR_IMAGES, FOR_VIDEO, Weights
-from ..samplers.step_adain import PUBLISHED_START
+from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
 from ..samplers.terms import Energy
 from .late import attempt
 from .nodes_inversion import adain_start_input
@@ -346,32 +348,25 @@ class KSampler(io.ComfyNode):
         checkpointing: bool = False,
         allow_other_model: bool = False,
     ) -> io.NodeOutput:
-        transfer = Transfer(
-            model,
-            positive,
-            negative,
-            cfg,
-            context,
-            reference,
-            _chosen(weights, style_weight, spatial_weight, semantic_weight, position_weight),
-            adain_start=adain_start,
-            semantic_map=semantic_map,
-            reference_prompt=reference_prompt,
-            mask=mask,
-            skip=skip,
-            start=start_percent,
-            end=end_percent,
-            exact=exact,
-            checkpointing=checkpointing,
-            allow_other_model=allow_other_model,
-        )
-        samples, run = transfer.run()
+        chosen = _chosen(weights, style_weight, spatial_weight, semantic_weight, position_weight)
+        check_skip(context, skip)
+        energy = make_energy(context, reference, chosen, start_percent, end_percent, semantic_map, reference_prompt)
+        options: dict[str, Any] = {"checkpointing": checkpointing, "allow_other_model": allow_other_model}
+        reports: list[GuidanceReport] = []
+        guider = EnergyGuider(model, positive, negative, cfg, energy, **options, listen=reports.append)
+        adain = None if adain_start == 1.0 else StepAdaIN(reference, context.steps, adain_start, semantic_map)
+        sampler = ReplaySampler(context, skip, exact, allow_other_model, adain)
+        samples = sample(guider, sampler, mask)
+        (run,) = reports
 
         def draw() -> torch.Tensor:
-            return report_plot(run.table(), why_nothing(run, transfer.energy))
+            return report_plot(run.table(), why_nothing(run, energy))
+
+        def tell() -> str:
+            return describe(guider, sampler, chosen, {"positive": positive, "negative": negative}, samples, run)
 
         plot, no_plot = attempt("The plot", draw, torch.zeros(1, HEIGHT, WIDTH, 3))
-        report, no_report = attempt("The report", lambda: transfer.describe(samples, run), "")
+        report, no_report = attempt("The report", tell, "")
         told = "\n".join(filter(None, (report, no_plot, no_report)))
         return io.NodeOutput({"samples": samples}, plot, told, ui=ui.PreviewText(told))
 

@@ -9,7 +9,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.energy_guider import EnergyGuider
-from semantic_style.host.semantix_transfer import Transfer
+from semantic_style.nodes import nodes_semantix
 from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, Replay
 from semantic_style.nodes.nodes_semantix import AS_SET, CombineEnergies, Guider, KSampler, SemantixEnergy
 from semantic_style.regions.adain import adain_latents
@@ -233,7 +233,7 @@ def test_what_fails_after_sampling_does_not_lose_the_latent(model, context, refe
     assert plot.shape == (1, 600, 900, 3)
     assert told.splitlines()[0] == report.splitlines()[0]
     assert told.endswith("\nThe plot failed (OSError: cannot open resource); the rest of the result is complete.")
-    monkeypatch.setattr(Transfer, "describe", broken)
+    monkeypatch.setattr(nodes_semantix, "describe", broken)
     out, _, told = transfer(model, context, reference)
     assert torch.equal(out, expected)
     assert "The report failed (OSError: cannot open resource)" in told
