@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..samplers.inversion import Inversion, ModelIdentity
+from ..samplers.steps import FLOW, VE
 from .whole import write_whole
 
 FORMAT = "semantic_style.inversion"
-VERSION = 1
+# Packs of version 1 know one path only, and go on reading what is on it.
+VERSION = 2
+_VERSION_OF_PATH = {VE: 1, FLOW: 2}
 _TENSORS = ("clean", "trajectory", "sigmas", "noise_maps", "residual", "scale", "shift")
-_VALUES = ("kind", "seed", "cfg", "latent_format")
+_VALUES = ("kind", "path", "seed", "cfg", "latent_format")
 
 
 def save_inversion(path: str | os.PathLike, inversion: Inversion) -> None:
@@ -33,7 +36,7 @@ def save_inversion(path: str | os.PathLike, inversion: Inversion) -> None:
     header["model"] = None if inversion.model is None else asdict(inversion.model)
     for side in ("positive", "negative"):
         header[side] = _pack(getattr(inversion, side), side, tensors)
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
+    metadata = {"format": FORMAT, "version": str(_VERSION_OF_PATH[inversion.path]), "header": json.dumps(header)}
     owned = {name: _alone(tensor) for name, tensor in tensors.items()}
     write_whole(Path(path), lambda unfinished: save_file(owned, unfinished, metadata))
 
@@ -59,7 +62,7 @@ def load_inversion(path: str | os.PathLike, shape: Sequence[int] | None = None) 
         version = int(metadata["version"])
         if version > VERSION:
             raise ValueError(f"it has the format version {version}, this pack reads up to {VERSION}: update the pack")
-        inversion = _build(json.loads(metadata["header"]), tensors)
+        inversion = _build({"path": VE, **json.loads(metadata["header"])}, tensors)
         if shape is not None:
             inversion.check_fits(list(shape))
     except (KeyError, TypeError, AttributeError) as error:

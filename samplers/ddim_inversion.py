@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from .inversion import Inversion
-from .steps import Callback, Model, call_model, check_latent, check_schedule, noise_prediction, working_dtype
+from .steps import (
+    VE,
+    Callback,
+    Model,
+    call_model,
+    check_latent,
+    check_schedule,
+    clean_share,
+    deterministic_step,
+    noise_prediction,
+    working_dtype,
+)
 
 
 @torch.no_grad()
@@ -19,6 +30,7 @@ def ddim_inversion(
     clean: Tensor,
     sigmas: Tensor,
     *,
+    path: str = VE,
     refine: int = 0,
     store: torch.device | str | None = None,
     extra_args: dict | None = None,
@@ -26,15 +38,17 @@ def ddim_inversion(
 ) -> Inversion:
     """Invert `clean` on the levels `sigmas` with N * (1 + refine) model evaluations.
 
-    From the clean end: `x_i = x_{i+1} + (s_i - s_{i+1}) eps_hat(x_{i+1}, s_{i+1})`; where `s_{i+1}` is 0 the prediction
-    is taken at `s_i`. Each refinement takes it at the current estimate instead: `x_i <- x_{i+1} + (s_i - s_{i+1})
-    eps_hat(x_i, s_i)`, whose fixed point a DDIM step maps back to `x_{i+1}` exactly. It converges without guidance only
-    (CFG 1).
+    From the clean end: `x_i = a_i D + s_i e` with `D` and `e` at `(x_{i+1}, s_{i+1})`. Where `s_{i+1}` is 0, `e` is
+    taken at the same picture without noise at the next level, `(a_i clean, s_i)`, and `D` is the picture. Each
+    refinement takes both at the current estimate `(x_i, s_i)` instead: `x_i <- x_{i+1} + (s_i - s_{i+1}) e + (a_i -
+    a_{i+1}) D`, whose fixed point a DDIM step maps back to `x_{i+1}` exactly. It converges without guidance only (CFG
+    1).
 
     Args:
         model: `model(x, sigma, **extra_args) -> denoised`, x [B, C, *S], sigma [B].
         clean: [B, C, *S] in the model's coordinates; several images go through as one batch.
         sigmas: [N+1] strictly decreasing, the last 0 as a rule.
+        path: of the model, see `steps`.
         refine: fixed-point iterations of each step.
         store: device that keeps the trajectory, where the latent's own is too small for it; None for the latent's.
         extra_args: keyword arguments for every model call.
@@ -45,7 +59,7 @@ def ddim_inversion(
         ValueError: unusable latent or schedule, negative refine. FloatingPointError: a prediction that is not finite.
     """
     check_latent(clean)
-    check_schedule(sigmas)
+    check_schedule(sigmas, path)
     if refine < 0:
         raise ValueError(f"refine must be 0 or more, got {refine}")
     clean = clean.to(working_dtype(clean))
@@ -56,15 +70,17 @@ def ddim_inversion(
     trajectory = torch.empty((n + 1, *clean.shape), dtype=clean.dtype, device=store or clean.device)
     trajectory[n] = x = clean
     for i in reversed(range(n)):
-        below = x
-        s = levels[i + 1] if levels[i + 1] > 0 else levels[i]
+        below, at_clean = x, not levels[i + 1] > 0
+        s = levels[i] if at_clean else levels[i + 1]
+        x = clean_share(s, path) * below if at_clean else below
         for _ in range(1 + refine):
             denoised = call_model(model, x, s.expand(len(x)), i, args)
-            x = below + (levels[i] - levels[i + 1]) * noise_prediction(x, denoised, s)
-            s = levels[i]
+            eps = noise_prediction(x, denoised, s, path)
+            x = deterministic_step(below, below if at_clean else denoised, eps, levels[i + 1], levels[i], path)
+            s, at_clean = levels[i], False
             if callback is not None:
                 callback({"i": call, "total": total, "x": x, "sigma": s, "denoised": denoised})
             call += 1
         trajectory[i] = x
     clean = clean.to(trajectory.device)
-    return Inversion(kind="ddim", clean=clean, trajectory=trajectory, sigmas=sigmas.detach().cpu())
+    return Inversion(kind="ddim", path=path, clean=clean, trajectory=trajectory, sigmas=sigmas.detach().cpu())

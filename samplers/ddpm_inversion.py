@@ -12,12 +12,14 @@ from torch import Tensor
 
 from .inversion import Inversion
 from .steps import (
+    VE,
     Callback,
     Model,
     ancestral_noise,
     call_model,
     check_latent,
     check_schedule,
+    noised,
     per_row,
     posterior_mean,
     working_dtype,
@@ -30,6 +32,7 @@ def ddpm_inversion(
     clean: Tensor,
     sigmas: Tensor,
     *,
+    path: str = VE,
     noise: Tensor | None = None,
     seed: int = 0,
     batch_steps: int = 1,
@@ -40,7 +43,7 @@ def ddpm_inversion(
 ) -> Inversion:
     """Invert `clean` on the levels `sigmas` with N model evaluations of each image.
 
-    `x_i = clean + s_i e_i`, `w_i = (x_{i+1} - mu(x_i, denoised_i)) / up_i`; on the last step the residual
+    `x_i = a_i clean + s_i e_i`, `w_i = (x_{i+1} - mu(x_i, denoised_i)) / up_i`; on the last step the residual
     `x_N - mu(x_{N-1}, denoised_{N-1})` is kept apart from the maps. (The authors zero it and reconstruct
     only roughly; see `replay`.)
 
@@ -49,6 +52,7 @@ def ddpm_inversion(
             [k*B].
         clean: [B, C, *S] in the model's coordinates. Work is done in float32 at least, on its device.
         sigmas: [N+1] strictly decreasing; the last is the level that `clean` counts as, 0 as a rule.
+        path: of the model, see `steps`.
         noise: [N, B, C, *S] unit noise per level, noisiest first; None draws it from `seed`.
         seed: of a generator on the CPU, the same noise on every device; the global generators are not touched.
         batch_steps: k, how many levels share one model call.
@@ -64,16 +68,18 @@ def ddpm_inversion(
         finite.
     """
     check_latent(clean)
-    check_schedule(sigmas)
+    check_schedule(sigmas, path)
     if batch_steps < 1:
         raise ValueError(f"batch_steps must be at least 1, got {batch_steps}")
     device = clean.device
     clean = clean.to(device=store, dtype=working_dtype(clean))
     levels = sigmas.to(clean)
-    trajectory = _noised(clean, levels, _noise(clean, len(levels) - 1, noise, seed))
-    noise_maps, residual = _noise_maps(model, trajectory, levels, batch_steps, device, extra_args or {}, callback)
+    noise = _noise(clean, len(levels) - 1, noise, seed)
+    trajectory = torch.cat([noised(clean, noise, per_row(levels[:-1], noise), path), clean[None]])
+    noise_maps, residual = _noise_maps(model, trajectory, levels, path, batch_steps, device, extra_args or {}, callback)
     return Inversion(
         kind="ddpm",
+        path=path,
         clean=clean,
         trajectory=trajectory,
         sigmas=sigmas.detach().cpu(),
@@ -93,15 +99,11 @@ def _noise(clean: Tensor, steps: int, noise: Tensor | None, seed: int) -> Tensor
     return noise.to(clean)
 
 
-def _noised(clean: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
-    """`x_i = clean + s_i e_i` [N+1, B, C, *S], the last one clean."""
-    return torch.cat([clean + per_row(levels[:-1], noise) * noise, clean[None]])
-
-
 def _noise_maps(
     model: Model,
     trajectory: Tensor,
     levels: Tensor,
+    path: str,
     batch_steps: int,
     device: torch.device,
     extra_args: dict,
@@ -117,8 +119,8 @@ def _noise_maps(
         rows = rearrange(x[:-1], "k b ... -> (k b) ...")
         denoised = call_model(model, rows, s[:-1].repeat_interleave(b), i, extra_args)
         denoised = rearrange(denoised, "(k b) ... -> k b ...", b=b)
-        missing[i:j] = x[1:] - posterior_mean(x[:-1], denoised, per_row(s[:-1], x), per_row(s[1:], x))
+        missing[i:j] = x[1:] - posterior_mean(x[:-1], denoised, per_row(s[:-1], x), per_row(s[1:], x), path)
         if callback is not None:
             callback({"i": j - 1, "total": n, "x": x[-2], "sigma": s[-2], "denoised": denoised[-1]})
-    _, up = ancestral_noise(levels[:-2], levels[1:-1])
+    _, up = ancestral_noise(levels[:-2], levels[1:-1], path)
     return missing[:-1] / per_row(up, missing), missing[-1]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .steps import check_latent, check_schedule, per_row
+from .steps import FLOW, VE, check_latent, check_schedule, noise_prediction, noised, per_row
 
 KINDS = ("ddpm", "ddim")
 # Levels that agree to this relative difference are the same level: schedules are computed in float32 on several
@@ -35,7 +35,7 @@ class ModelIdentity:
 class Inversion:
     """An image (or a batch, or a video's frames) with its path to noise; latents in the model's coordinates.
 
-    Model coordinates are what the denoiser sees before its own input scaling: `x = clean + sigma * eps`, after the
+    Model coordinates are what the denoiser sees before its own input scaling: `x = a clean + sigma eps`, after the
     latent format's scaling. `to_outer`/`to_inner` go to the coordinates that a host shows its user and back.
 
     Attributes:
@@ -45,6 +45,7 @@ class Inversion:
         sigmas: [N+1], strictly decreasing levels of the trajectory; the last one 0 as a rule.
         noise_maps: [N-1, B, C, *S], the noise that each step but the last has to add, DDPM only.
         residual: [B, C, *S], what the last step's prediction lacks to the clean latent; None where it was not kept.
+        path: "ve" or "flow", what `a` is at a level (see `steps`).
         seed: of the noise.
         cfg: guidance scale that it was made with.
         latent_format: name of the latent format, for messages.
@@ -61,6 +62,7 @@ class Inversion:
     sigmas: Tensor
     noise_maps: Tensor | None = None
     residual: Tensor | None = None
+    path: str = VE
     seed: int = 0
     cfg: float = 1.0
     latent_format: str = ""
@@ -73,7 +75,7 @@ class Inversion:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"an inversion is one of {', '.join(KINDS)}, got {self.kind!r}")
-        check_schedule(self.sigmas)
+        check_schedule(self.sigmas, self.path)
         check_latent(self.clean)
         shape, n = list(self.clean.shape), self.steps
         self._check("trajectory", [n + 1, *shape])
@@ -105,15 +107,17 @@ class Inversion:
     def at(self, sigma: float | Tensor) -> Tensor:
         """The latent [B, C, *S] at the level `sigma`, for use as a reference (replay needs the exact schedule).
 
-        The stored one where the schedule has that level (to 1e-5), else `clean + sigma * e_k` with the noise
-        `e_k = (x_k - clean)/s_k` of the nearest stored level, nearest in the logarithm.
+        The stored one where the schedule has that level (to 1e-5), else `a clean + sigma e_k` with the noise
+        `e_k = (x_k - a_k clean)/s_k` of the nearest stored level, nearest in the logarithm.
 
         Raises:
-            ValueError: a level that is negative or not finite.
+            ValueError: a level that is negative, not finite, or above a flow's 1.
         """
         level = float(sigma)
         if not 0.0 <= level < float("inf"):
             raise ValueError(f"a noise level must be finite and not negative, got {level}")
+        if self.path == FLOW and level > 1.0:
+            raise ValueError(f"a noise level of a flow model is 1 at most, got {level}")
         levels = self.sigmas.cpu().double()
         same = torch.isclose(levels, torch.tensor(level, dtype=torch.float64), rtol=SAME_LEVEL, atol=0.0)
         if same.any():
@@ -122,13 +126,13 @@ class Inversion:
             return self.clean
         noisy = levels[levels > 0]
         k = int((noisy.log() - torch.tensor(level).log()).abs().argmin())
-        return self.clean + level * self.noise_at(k)
+        return noised(self.clean, self.noise_at(k), self.clean.new_tensor(level), self.path)
 
     def noise_at(self, step: int) -> Tensor:
-        """`e_k = (x_k - clean)/s_k` [B, C, *S]: the noise in the latent before step k (0 is the noisiest)."""
+        """`e_k = (x_k - a_k clean)/s_k` [B, C, *S]: the noise in the latent before step k (0 is the noisiest)."""
         if not 0 <= step < self.steps:
             raise ValueError(f"this inversion has the steps 0 to {self.steps - 1}, there is no step {step}")
-        return (self.trajectory[step] - self.clean) / self.sigmas[step].to(self.clean)
+        return noise_prediction(self.trajectory[step], self.clean, self.sigmas[step].to(self.clean), self.path)
 
     def find(self, sigmas: Tensor) -> int:
         """The step at which the schedule `sigmas` [n+1] starts in this inversion's own.

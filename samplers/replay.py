@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from .inversion import Inversion
-from .steps import Callback, Model, ancestral_noise, call_model, noise_prediction, posterior_mean, working_dtype
+from .steps import (
+    Callback,
+    Model,
+    ancestral_noise,
+    call_model,
+    deterministic_step,
+    noise_prediction,
+    posterior_mean,
+    working_dtype,
+)
 
 # What is kept of the replay, 1 the new picture, 0 the inverted one: a tensor that broadcasts to [B, C, *S], or a
 # function of the level that gives one.
@@ -94,12 +103,14 @@ class _Part:
             self.trajectory = None if self.trajectory is None else self.trajectory.to(like)
 
     def step(self, x: Tensor, denoised: Tensor, step: int, sigma: Tensor, sigma_next: Tensor, exact: bool) -> Tensor:
+        path = self.inversion.path
         if self.inversion.kind == "ddim":
-            return x + (sigma_next - sigma) * noise_prediction(x, denoised, sigma)
-        x = posterior_mean(x, denoised, sigma, sigma_next)
+            eps = noise_prediction(x, denoised, sigma, path)
+            return deterministic_step(x, denoised, eps, sigma, sigma_next, path)
+        x = posterior_mean(x, denoised, sigma, sigma_next, path)
         if step < self.inversion.steps - 1:
             assert self.maps is not None
-            _, up = ancestral_noise(sigma, sigma_next)
+            _, up = ancestral_noise(sigma, sigma_next, path)
             x = x + up * self.maps[step - self.start].to(x)
         elif exact and self.inversion.residual is not None:
             x = x + self.inversion.residual.to(x)

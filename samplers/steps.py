@@ -1,8 +1,11 @@
-"""One step of DDPM and DDIM sampling, in variance-exploding coordinates `x = clean + sigma * eps`.
+"""One step of DDPM and DDIM sampling, for latents `x = a clean + s eps` at a level `s`.
 
-DDPM: Ho et al. 2020; as the ancestral step with eta 1 of Karras et al. 2022 / k-diffusion. DDIM: Song et al. 2021,
-which is Euler's method on the probability-flow ODE `dx/dsigma = (x - denoised)/sigma`. A model call returns `denoised`,
-so eps-, v- and EDM-parametrised models need no distinction.
+Two paths from clean to noise: "ve" (variance exploding; SD1.x, SD2.x, SDXL) has `a = 1`, "flow" (rectified flow; SD3,
+Flux, Wan) has `a = 1 - s`. With a model's prediction `D` of the clean latent, which it returns as `denoised`, and
+`e = (x - a D)/s`, a deterministic step to `a', s'` is `a' D + s' e` on either path: DDIM (Song et al. 2021), and
+Euler's method on the probability-flow ODE. DDPM's (Ho et al. 2020; the ancestral step with eta 1 of Karras et al. 2022
+/ k-diffusion) is `a' D + s' (r e + sqrt(1 - r^2) w)` with `r = (s'/a') / (s/a)` and fresh noise `w`. Eps-, v-, EDM- and
+flow-parametrised models need no distinction beyond that.
 """
 
 from collections.abc import Callable
@@ -17,32 +20,62 @@ Model = Callable[..., Tensor]
 Callback = Callable[[dict], None]
 
 
-def ancestral_noise(sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+VE, FLOW = "ve", "flow"
+PATHS = (VE, FLOW)
+
+
+def clean_share(sigma: Tensor, path: str = VE) -> Tensor:
+    """`a`, how much of the clean latent is in a latent at the levels `sigma`; their shape."""
+    return torch.ones_like(sigma) if path == VE else 1 - sigma
+
+
+def noised(clean: Tensor, noise: Tensor, sigma: Tensor, path: str = VE) -> Tensor:
+    """`a clean + s noise`. Levels broadcast against the latents."""
+    return clean_share(sigma, path) * clean + sigma * noise
+
+
+def ancestral_noise(sigma: Tensor, sigma_next: Tensor, path: str = VE) -> tuple[Tensor, Tensor]:
     """What a DDPM step from `sigma` to `sigma_next` keeps of the noise (`down`) and what it draws anew (`up`).
 
-    `down = s'^2 / s`, `up^2 = s'^2 (s^2 - s'^2) / s^2`, so that `down^2 + up^2 = s'^2`. Any matching shapes; sigma > 0.
+    `down = r s'`, `up = sqrt(1 - r^2) s'`, so that `down^2 + up^2 = s'^2`. Where `a = 0`, the first level of a flow, it
+    keeps nothing. Any matching shapes; sigma > 0.
     """
-    down = sigma_next.square() / sigma
-    # As a product of sum and difference: the squares of close levels would cancel.
-    up = sigma_next / sigma * ((sigma - sigma_next) * (sigma + sigma_next)).sqrt()
+    a, a_next = clean_share(sigma, path), clean_share(sigma_next, path)
+    down = sigma_next.square() * a / (a_next * sigma)
+    # As a product of sum and difference: the squares of close levels would cancel. Divided by a' only: a may be 0.
+    high, low = sigma * a_next, sigma_next * a
+    up = sigma_next / high * ((high - low) * (high + low)).sqrt()
     return down, up
 
 
-def posterior_mean(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """Mean of the DDPM step: `denoised + down * (x - denoised)/s`. Levels broadcast against x."""
-    down, _ = ancestral_noise(sigma, sigma_next)
-    return denoised + down / sigma * (x - denoised)
+def posterior_mean(x: Tensor, denoised: Tensor, sigma: Tensor, sigma_next: Tensor, path: str = VE) -> Tensor:
+    """Mean of the DDPM step: `a' D + down e`. Levels broadcast against x."""
+    down, _ = ancestral_noise(sigma, sigma_next, path)
+    # The quotient of the levels first: an e of a low level is large.
+    return clean_share(sigma_next, path) * denoised + down / sigma * (x - clean_share(sigma, path) * denoised)
 
 
-def noise_prediction(x: Tensor, denoised: Tensor, sigma: Tensor) -> Tensor:
-    """`eps_hat = (x - denoised)/s`, the slope `dx/dsigma` of the probability-flow ODE. sigma > 0."""
-    return (x - denoised) / sigma
+def noise_prediction(x: Tensor, denoised: Tensor, sigma: Tensor, path: str = VE) -> Tensor:
+    """`e = (x - a D)/s`. sigma > 0."""
+    return (x - clean_share(sigma, path) * denoised) / sigma
 
 
-def check_schedule(sigmas: Tensor) -> None:
-    """Raise ValueError unless `sigmas` [N+1] are finite, strictly decreasing, not negative, and make at least one
-    step.
+def deterministic_step(
+    x: Tensor, denoised: Tensor, noise: Tensor, sigma: Tensor, sigma_next: Tensor, path: str = VE
+) -> Tensor:
+    """From x at `sigma` along a predicted `D` and `e`: `x + (s' - s) e + (a' - a) D`, which is `a' D + s' e` where D
+    and e are those of x. Levels broadcast against x.
     """
+    moved = x + (sigma_next - sigma) * noise
+    return moved + (clean_share(sigma_next, path) - clean_share(sigma, path)) * denoised
+
+
+def check_schedule(sigmas: Tensor, path: str = VE) -> None:
+    """Raise ValueError unless `sigmas` [N+1] are finite, strictly decreasing, levels of the path (not negative, those
+    of a flow not above 1), and make at least one step.
+    """
+    if path not in PATHS:
+        raise ValueError(f"a path from clean to noise is one of {', '.join(PATHS)}, got {path!r}")
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(
             f"sigmas: expected one axis with at least two noise levels, got the shape {list(sigmas.shape)}"
@@ -57,6 +90,8 @@ def check_schedule(sigmas: Tensor) -> None:
         )
     if sigmas[-1] < 0:
         raise ValueError(f"sigmas must not be negative, the last one is {float(sigmas[-1]):g}")
+    if path == FLOW and sigmas[0] > 1:
+        raise ValueError(f"a flow model's sigmas end at 1, which is pure noise; the first one is {float(sigmas[0]):g}")
 
 
 def check_latent(clean: Tensor) -> None:
