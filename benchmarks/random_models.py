@@ -64,7 +64,7 @@ def small_sd15(
     management = comfy.model_management
     offload = management.unet_offload_device()
     model = comfy.model_base.BaseModel(config, comfy.model_base.ModelType[model_type], device=offload)
-    _fill(model.diffusion_model, seed)
+    fill(model.diffusion_model, seed)
     return comfy.model_patcher.ModelPatcher(model.eval(), management.get_torch_device(), offload)
 
 
@@ -74,19 +74,22 @@ def conditioning(seed: int, batch: int = 1, tokens: int = 7) -> list:
 
 
 @torch.no_grad()
-def _fill(network: torch.nn.Module, seed: int) -> None:
+def fill(network: torch.nn.Module, seed: int, last: str = "out.") -> None:
     """Variance-preserving weights (the host leaves them as the memory was), with a small last layer.
 
     A trained model's prediction hardly depends on the noise; a random one's does, so that CFG and many steps amplify
     rounding without bound. A small output keeps the Jacobian of `denoised` near the identity.
+
+    Args:
+        last: how the names of the last layer's parameters begin.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         if parameter.ndim > 1:
             fan_in = parameter[0].numel()
             value = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
-            value *= OUTPUT_SCALE if name.startswith("out.") else 1.0
-        elif name.endswith("weight"):
+            value *= OUTPUT_SCALE if name.startswith(last) else 1.0
+        elif name.endswith(("weight", "scale")):
             value = torch.ones(parameter.shape)
         else:
             value = 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -120,7 +123,7 @@ def small_sdxl(
     management = comfy.model_management
     offload = management.unet_offload_device()
     model = comfy.model_base.SDXL(config, comfy.model_base.ModelType.EPS, device=offload)
-    _fill(model.diffusion_model, seed)
+    fill(model.diffusion_model, seed)
     return comfy.model_patcher.ModelPatcher(model.eval(), management.get_torch_device(), offload)
 
 

@@ -115,11 +115,19 @@ def _pack(conditioning: list | None, side: str, tensors: dict[str, Tensor]) -> l
         name = f"{side}.{index}"
         if embedding is not None:
             tensors[name] = embedding.clone()
-        entry: dict[str, Any] = {"tensor": None if embedding is None else name, "tensors": {}, "values": {}}
+        entry: dict[str, Any] = {
+            "tensor": None if embedding is None else name,
+            "tensors": {},
+            "lists": {},
+            "values": {},
+        }
         for key, value in options.items():
             if isinstance(value, Tensor):
                 tensors[f"{name}.{key}"] = value.clone()
                 entry["tensors"][key] = f"{name}.{key}"
+            elif isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+                entry["lists"][key] = [f"{name}.{key}.{i}" for i in range(len(value))]
+                tensors.update((at, item.clone()) for at, item in zip(entry["lists"][key], value, strict=True))
             elif _is_plain(value):
                 entry["values"][key] = _encode(value)
             else:
@@ -140,6 +148,7 @@ def _unpack(packed: list | None, tensors: dict[str, Tensor]) -> list | None:
     conditioning = []
     for entry in packed:
         options = {key: tensors[name] for key, name in entry["tensors"].items()}
+        options.update({key: [tensors[name] for name in names] for key, names in entry.get("lists", {}).items()})
         options.update({key: _decode(value) for key, value in entry["values"].items()})
         conditioning.append([None if entry["tensor"] is None else tensors[entry["tensor"]], options])
     return conditioning

@@ -20,7 +20,8 @@ from ..samplers.inversion import Inversion
 from .conditioning import REFERENCE, has_motion, merged_conds, stream_conds
 from .extra_calls import extra_call_options
 from .invert import InversionSampler
-from .models import check_invertible, check_same, identify
+from .model_sampling import check_unet
+from .models import check_same, identify
 from .versions import free_memory, without_clones
 from .windows import window_of_call
 
@@ -81,7 +82,7 @@ def apply_scsa(model: "ModelPatcher", patch: Patch) -> "ModelPatcher":
     Raises:
         ValueError: a model, inversions, regions or blocks that do not fit together.
     """
-    check_invertible(model)
+    check_unet(model)
     unet = model.model.diffusion_model
     layers = self_attention_layers(unet) if patch.blocks is None else layers_of_blocks(unet, patch.blocks)
     if not 0.0 <= patch.start <= patch.end <= 1.0:

@@ -11,7 +11,8 @@ from ..regions.clustering import Clustering, check_regions, cluster, joint_vecto
 from ..regions.semantic_map import SemanticMap
 from ..samplers.features import Features
 from ..samplers.inversion import Inversion
-from .models import check_invertible, check_same, identify
+from .model_sampling import check_unet
+from .models import check_same, identify
 from .reading import MIDDLE_SIGMA, Look, check_sigma, read_features
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def auto_map(request: Request) -> tuple[SemanticMap, list[Clustering]]:
 
 
 def _check(request: Request) -> None:
-    check_invertible(request.model)
+    check_unet(request.model)
     feature_blocks(request.model.model.diffusion_model)
     check_regions(request.regions)
     if request.smoothing < 0:

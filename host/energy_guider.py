@@ -22,7 +22,8 @@ from .conditioning import active_at, of_areas
 from .extra_calls import leave_step_caches
 from .gradients import WHY_CHECKPOINTED, constant_controls, differentiable, must_checkpoint, ordinary
 from .graph_memory import GraphMemory
-from .models import check_invertible, check_same, identify
+from .model_sampling import check_unet
+from .models import check_same, identify
 from .reference_cache import CACHE, ReferenceCache
 from .references import References
 from .versions import without_clones
@@ -262,7 +263,7 @@ class _Step:
 
 def check_energy(model: "ModelPatcher", energy: Energy, shape: torch.Size, allow_other_model: bool) -> None:
     """Raise ValueError unless the energy's references fit the model and a latent of `shape` [B, C, *S]."""
-    check_invertible(model)
+    check_unet(model)
     feature_blocks(model.model.diffusion_model)
     if len(shape) != 4:
         raise ValueError(

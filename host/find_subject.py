@@ -11,7 +11,8 @@ from torch import Tensor
 from ..attention.layers import feature_blocks
 from ..regions.saliency import THRESHOLD, Saliency, check_threshold, find_subject
 from ..samplers.inversion import Inversion
-from .models import check_channels, check_invertible, check_same, identify
+from .model_sampling import check_unet
+from .models import check_channels, check_same, identify
 from .reading import Look, check_sigma, read_features
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def pixel_size(model: "ModelPatcher", reference: Tensor | Inversion) -> tuple[in
 def _check(request: Request) -> tuple[Tensor, list]:
     """The clean latents in the model's coordinates and the prompt."""
     model, reference = request.model, request.reference
-    check_invertible(model)
+    check_unet(model)
     feature_blocks(model.model.diffusion_model)
     check_sigma(request.sigma)
     check_threshold(request.threshold)

@@ -21,9 +21,11 @@ from tqdm.auto import tqdm
 from ..samplers.ddim_inversion import ddim_inversion
 from ..samplers.ddpm_inversion import ddpm_inversion
 from ..samplers.inversion import Inversion
+from ..samplers.steps import FLOW
 from .batching import Parts, fits, levels_per_call, rows_together
 from .extra_calls import uncached
-from .models import check_channels, check_invertible, identify
+from .model_sampling import check_latent_kind, path_of
+from .models import check_channels, identify
 from .windows import set_window_step
 
 if TYPE_CHECKING:
@@ -61,11 +63,13 @@ class HostModel:
 
     Attributes:
         guider: the host's. sigmas: [N+1] levels of the schedule that the calls belong to. batch: pictures in a level.
+        path: that its latents are on.
     """
 
     def __init__(self, guider: Any, sigmas: Tensor, batch: int) -> None:
         self.guider = guider
         self.sigmas = sigmas
+        self.path = path_of(guider.model_patcher)
         self.parts = Parts(rows_together(guider, batch))
         inner = guider.inner_model
         self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
@@ -100,6 +104,9 @@ def make_sigmas(model: "ModelPatcher", scheduler: str, steps: int) -> Tensor:
         sigmas = (
             comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).float().cpu()
         )
+        if path_of(model) == FLOW:
+            # Schedulers that go through logarithms or fits miss it by rounding.
+            sigmas = sigmas.clamp(max=1.0)
     except (ArithmeticError, IndexError) as error:
         raise ValueError(f"{failed} ({error})") from error
     sigmas = torch.unique_consecutive(sigmas)
@@ -126,7 +133,7 @@ def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True, sa
     def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
         n = len(sigmas) - 1
         per_call = levels_per_call(model.guider, clean, n, batch_steps)
-        settings: dict[str, Any] = {"seed": task.seed, "keep_residual": keep_residual}
+        settings: dict[str, Any] = {"path": model.path, "seed": task.seed, "keep_residual": keep_residual}
         settings["store"] = _store(model.guider, clean, 2 * n)
         if same_noise:
             generator = torch.Generator("cpu").manual_seed(task.seed)
@@ -151,7 +158,8 @@ def invert_ddim(task: Task, refine: int = 0) -> Inversion:
         logging.warning("DDIM refinement does not converge with guidance (CFG %g): use CFG 1 with it.", task.cfg)
 
     def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
-        settings: dict[str, Any] = {"refine": refine, "store": _store(model.guider, clean, len(sigmas))}
+        settings: dict[str, Any] = {"path": model.path, "refine": refine}
+        settings["store"] = _store(model.guider, clean, len(sigmas))
         return ddim_inversion(model, clean, sigmas, extra_args=extra_args, callback=callback, **settings)
 
     return _run(task, run, calls_per_step=1 + refine)
@@ -187,7 +195,8 @@ class InversionSampler(comfy.samplers.Sampler):
 
 
 def _run(task: Task, run: Callable[..., Inversion], calls_per_step: int) -> Inversion:
-    check_invertible(task.model)
+    path_of(task.model)
+    check_latent_kind(task.latent)
     latent = comfy.sample.fix_empty_latent_channels(task.model, task.latent)
     check_channels(task.model, latent)
     sigmas = make_sigmas(task.model, task.scheduler, task.steps) if task.sigmas is None else task.sigmas.cpu()

@@ -22,7 +22,8 @@ from ..samplers.word_learning import JUDGED_LEVELS, Learned, Settings, check_sal
 from .conditioning import has_motion, stream_conds
 from .extra_calls import extra_call_options
 from .gradients import WHY_CHECKPOINTED, differentiable, must_checkpoint, ordinary
-from .models import check_channels, check_invertible
+from .model_sampling import check_unet
+from .models import check_channels
 from .pseudo_words import Prompt
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def learn_embedding(task: Task) -> Learned:
         FloatingPointError: a loss or gradient that is not finite.
     """
     model = task.model.clone()
-    check_invertible(model)
+    check_unet(model)
     latent = task.latent.float()
     check_channels(model, latent)
     saliency = torch.ones(1, *latent.shape[-2:]) if task.saliency is None else task.saliency.float().cpu()

@@ -1,23 +1,19 @@
-"""Which models can be inverted, and whether a replay runs on the model that the inversion was made with."""
+"""Whether latents fit a model, and whether a replay runs on the model that the inversion was made with."""
 
 import hashlib
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import comfy.model_sampling
 import torch
 from torch import Tensor
 
 from ..samplers.inversion import ModelIdentity
+from .model_sampling import describe, parametrisation
 from .versions import storage_of, values_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-
-# Host classes whose noisy latents are not `clean + sigma * eps`, or are so only in name.
-_OTHER_STEPS = ("CONST", "COSMOS_RFLOW", "IMG_TO_IMG", "StableCascadeSampling")
-_OTHER_TYPES = ("FLOW", "FLUX", "FLOW_COSMOS", "STABLE_CASCADE", "IMG_TO_IMG")
 
 PROBED_TENSORS, PROBED_VALUES = 16, 16
 # Mean distance of the normalised samples. Rounding to bfloat16 moves them by 0.002, to 8 bits by 0.01 to 0.05, to 4 by
@@ -27,39 +23,13 @@ SAME_WEIGHTS, SAME_WEIGHTS_8_BIT, SAME_WEIGHTS_4_BIT = 0.01, 0.08, 0.2
 _OF_QUANTISATION = ("scale_weight", "scale_input", "input_scale", "pre_quant_scale")
 
 
-def check_invertible(model: "ModelPatcher") -> None:
-    """Raise ValueError unless the model noises as `x = clean + sigma * eps` (SD1.x, SD2.x, SDXL and what builds on
-    them).
-    """
-    sampling = model.get_model_object("model_sampling")
-    model_type = getattr(getattr(model.model, "model_type", None), "name", "")
-    classes = [c for c in (getattr(comfy.model_sampling, name, None) for name in _OTHER_STEPS) if c is not None]
-    fits = isinstance(sampling, comfy.model_sampling.EPS) and not isinstance(sampling, tuple(classes))
-    # A node may have put another sampling on the model: what is there now decides, the model's type where it says more.
-    if not fits or (model_type in _OTHER_TYPES) or not _adds_noise(sampling):
-        kind = model_type or type(sampling).__name__
-        raise ValueError(
-            f"this model ({_describe(model)}, {kind}) cannot be inverted: flow models (SD3, Flux, ...), Stable Cascade "
-            "and image-to-"
-            "image models need other steps than the noise model x = clean + sigma * eps of SD1.x, SD2.x and SDXL. "
-            "Connect a model of "
-            "those families"
-        )
-
-
-def _adds_noise(sampling: Any) -> bool:
-    """Whether the sampling's own arithmetic is `latent + sigma * noise`, tried on one value."""
-    noise, latent, sigma = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), 2.0), torch.tensor(0.5)
-    return bool(torch.allclose(sampling.noise_scaling(sigma, noise, latent.clone(), False), torch.tensor(3.5)))
-
-
 def check_channels(model: "ModelPatcher", latent: Tensor) -> None:
     """Raise ValueError unless the latent [B, C, *S] has the model's channels and number of space axes."""
     latent_format = model.get_model_object("latent_format")
     axes = getattr(latent_format, "latent_dimensions", 2)
     if latent.ndim != 2 + axes or latent.shape[1] != latent_format.latent_channels:
         raise ValueError(
-            f"the latent {list(latent.shape)} does not fit the model ({_describe(model)}), which takes "
+            f"the latent {list(latent.shape)} does not fit the model ({describe(model)}), which takes "
             f"{latent_format.latent_channels} "
             f"channels and {axes} further axes: encode the image with the VAE that belongs to this model"
         )
@@ -74,12 +44,12 @@ def identify(model: "ModelPatcher") -> ModelIdentity:
         parameters = dict(sorted(network.named_parameters()))
         own = {k: p for k, p in parameters.items() if k.rpartition(".")[2] not in _OF_QUANTISATION}
         shapes = [f"{name} {list(p.shape)}" for name, p in own.items()]
-        parametrisation = _parametrisation(model)
-        digest = hashlib.sha256("\n".join([parametrisation, *shapes]).encode()).hexdigest()[:16]
+        outputs = parametrisation(model)
+        digest = hashlib.sha256("\n".join([outputs, *shapes]).encode()).hexdigest()[:16]
         _, dtype = min((storage_of(p) for p in own.values()), key=lambda storage: storage[0], default=(0, ""))
         weights = _probe(model, own)
     code = hashlib.sha256(repr([[round(v, 2) for v in row] for row in weights]).encode()).hexdigest()[:6]
-    name = f"{_describe(model)}, {parametrisation}, weights {code if weights else 'unread'}"
+    name = f"{describe(model)}, {outputs}, weights {code if weights else 'unread'}"
     return ModelIdentity(name=name, structure=digest, weights=weights, dtype=dtype)
 
 
@@ -120,22 +90,6 @@ def why_unchecked(made_with: ModelIdentity | None, now: ModelIdentity, allow_oth
     else:
         return ""
     return f"{reason}, so it was not checked whether both are one checkpoint: see to it that they are"
-
-
-def _describe(model: "ModelPatcher") -> str:
-    network = getattr(model.model, "diffusion_model", None)
-    if network is None:
-        return type(model.model).__name__
-    millions = sum(math.prod(p.shape) for p in network.parameters()) / 1e6
-    return f"{type(model.model).__name__}/{type(network).__name__} with {millions:.1f} M parameters"
-
-
-def _parametrisation(model: "ModelPatcher") -> str:
-    """Name of the host's class that turns outputs into predictions (EPS, V_PREDICTION, EDM, X0)."""
-    for c in type(model.get_model_object("model_sampling")).__mro__:
-        if c.__module__ == comfy.model_sampling.__name__ and issubclass(c, comfy.model_sampling.EPS):
-            return c.__name__
-    return "unknown"
 
 
 def _probe(model: "ModelPatcher", parameters: dict[str, Tensor]) -> tuple[tuple[float, ...], ...]:

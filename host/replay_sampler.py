@@ -12,9 +12,11 @@ from tqdm.auto import tqdm
 from ..samplers.inversion import Inversion
 from ..samplers.replay import replay
 from ..samplers.step_adain import StepAdaIN
+from ..samplers.steps import noise_prediction, noised
 from .batching import fits
 from .invert import HostModel
-from .models import check_invertible, check_same, identify
+from .model_sampling import path_of
+from .models import check_same, identify
 
 # Of a latent's largest value: what storing it in bfloat16 on its way may change.
 ROUNDING = 2**-8
@@ -29,8 +31,7 @@ def check_skip(inversion: Inversion, skip: int) -> None:
 
 
 class ReplayNoise:
-    """The host's NOISE: what, times the first level and added to the clean latent, is the latent that the replay starts
-    from.
+    """The host's NOISE: what its noise scaling at the first level makes into the latent that the replay starts from.
 
     Attributes:
         inversion: in float32.
@@ -51,7 +52,8 @@ class ReplayNoise:
         self.inversion.check_fits(input_latent["samples"].shape)
         if self.start is None:
             return self.inversion.noise_at(self.skip)
-        return (self.start - self.inversion.clean) / self.inversion.sigmas[self.skip]
+        inversion = self.inversion
+        return noise_prediction(self.start, inversion.clean, inversion.sigmas[self.skip], inversion.path)
 
 
 class ReplaySampler(comfy.samplers.Sampler):
@@ -81,7 +83,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         self.start = start
 
     def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
-        """Never: the stored latents are `clean + sigma * noise` at the highest level too, without the host's
+        """Never: the stored latents are `a clean + sigma noise` at the highest level too, without the host's
         rescaling.
         """
         return False
@@ -93,12 +95,12 @@ class ReplaySampler(comfy.samplers.Sampler):
         to start from do not fit.
         """
         inversion = self.inversion
-        check_invertible(model_wrap.model_patcher)
+        self._check_path(path_of(model_wrap.model_patcher))
         check_same(inversion.model, identify(model_wrap.model_patcher), self.allow_other_model)
         inversion.check_fits(noise.shape)
         self._check_skipped(inversion.find(sigmas))
         self._check_adain(noise.shape)
-        x = noise * sigmas[0] + latent_image
+        x = noised(latent_image, noise, sigmas[0], inversion.path)
         self._check_start(x)
         self._note_cfg(model_wrap)
         mask = None if denoise_mask is None else _mask_by_level(denoise_mask, model_wrap, sigmas, len(x), extra_args)
@@ -114,8 +116,17 @@ class ReplaySampler(comfy.samplers.Sampler):
         settings: dict[str, Any] = {"inversion": inversion, "exact": self.exact, "mask": mask, "resident": resident}
         settings["after_step"] = self._resident_adain(model_wrap, x)
         with bar:
-            return replay(
+            x = replay(
                 HostModel(model_wrap, inversion.sigmas, len(x)), x, sigmas, extra_args, report, disable_pbar, **settings
+            )
+        # As the host's samplers do: a flow's latent that is still noisy leaves without its share of the clean one.
+        return model_wrap.inner_model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
+
+    def _check_path(self, path: str) -> None:
+        if path != self.inversion.path:
+            raise ValueError(
+                f"this inversion is on the path {self.inversion.path!r}, the guider's model on {path!r} (flow models "
+                "and others noise a picture differently): connect the model that the inversion was made with"
             )
 
     def _check_skipped(self, first: int) -> None:
@@ -148,6 +159,11 @@ class ReplaySampler(comfy.samplers.Sampler):
             raise ValueError(
                 f"AdaIN's reference is a latent of the kind {theirs}, the replayed inversion one of the kind {ours}: "
                 "their channels mean different things. Invert the reference with a model of the same family"
+            )
+        if self.adain.reference.path != self.inversion.path:
+            raise ValueError(
+                "AdaIN's reference and the replayed inversion are noised differently, one by a flow model and one not: "
+                "invert the reference with the model of the replay"
             )
         self.adain.check_fits(shape)
 

@@ -22,13 +22,16 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 def _shared_inputs(steps: int, scheduler: str, cfg: float) -> list[Any]:
     """The inputs that both inversions have."""
     return [
-        io.Model.Input("model", tooltip="SD1.x, SD2.x, SDXL or a model that builds on them. Flow models are refused."),
+        io.Model.Input(
+            "model",
+            tooltip="SD1.x, SD2.x, SDXL or a flow model (SD3, Flux, Qwen-Image, Z-Image, Wan), patched or not.",
+        ),
         io.Conditioning.Input("positive", tooltip="What the picture shows. The better it fits, the better edits work."),
         io.Conditioning.Input("negative", tooltip="Negative prompt, usually empty. Not evaluated at CFG 1."),
         io.Latent.Input(
             "latent",
-            tooltip="The picture to invert: one, a batch, or the frames of a video. A noise mask in it is not used; "
-            "mask the replay.",
+            tooltip="The picture to invert: one, a batch, the frames of a video, or the latent of a video model as a "
+            "whole. A noise mask in it is not used; mask the replay.",
         ),
         io.Int.Input(
             "steps", default=steps, min=1, max=10000, tooltip="Noise levels. More follow the picture more finely."
@@ -46,7 +49,8 @@ def _shared_inputs(steps: int, scheduler: str, cfg: float) -> list[Any]:
             max=100.0,
             step=0.1,
             round=0.01,
-            tooltip="Guidance scale. Use the same one in the replay's guider to get the picture back.",
+            tooltip="Guidance scale; 1 for distilled models (Flux, turbo). Use the same one in the replay's guider to "
+            "get the picture back.",
         ),
     ]
 

@@ -2,13 +2,17 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
+import comfy.latent_formats
+import comfy.model_sampling
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, ModelSamplingFlux, ModelSamplingSD3
 from newer_hosts import FORMATS, quantised
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
-from semantic_style.host.models import check_invertible, check_same, identify
+from semantic_style.host.model_sampling import check_latent_kind, check_unet, path_of
+from semantic_style.host.models import check_same, identify
 from semantic_style.nodes.nodes_auto_map import AutoMap
 from semantic_style.nodes.nodes_inversion import DDPMInversion
 from semantic_style.nodes.nodes_saliency import FindSubject
@@ -20,28 +24,58 @@ def model():
     return small_sd15()
 
 
-@pytest.mark.parametrize("model_type", ["EPS", "V_PREDICTION", "EDM", "V_PREDICTION_EDM", "V_PREDICTION_CONTINUOUS"])
-def test_models_that_add_noise_pass(model_type):
-    check_invertible(small_sd15(model_type=model_type))
+@pytest.mark.parametrize(
+    ("model_type", "path"),
+    [(name, "ve") for name in ("EPS", "V_PREDICTION", "EDM", "V_PREDICTION_EDM", "V_PREDICTION_CONTINUOUS")]
+    + [("FLOW_COSMOS", "ve"), ("FLOW", "flow"), ("FLUX", "flow")],
+)
+def test_the_path_of_every_kind_of_model(model_type, path):
+    random = small_sd15(model_type=model_type)
+    assert path_of(random) == path
+    if path == "ve":
+        check_unet(random)
 
 
-@pytest.mark.parametrize("model_type", ["FLOW", "FLUX", "FLOW_COSMOS", "STABLE_CASCADE", "IMG_TO_IMG"])
+@pytest.mark.parametrize("model_type", ["STABLE_CASCADE", "IMG_TO_IMG"])
 def test_other_models_are_refused(model_type):
-    with pytest.raises(ValueError, match=f"{model_type}.*cannot be inverted"):
-        check_invertible(small_sd15(model_type=model_type))
+    with pytest.raises(ValueError, match=f"{model_type}.*cannot be inverted.*Flux"):
+        path_of(small_sd15(model_type=model_type))
+
+
+def test_latents_that_are_no_pictures_are_refused():
+    for latent_format in (comfy.latent_formats.StableAudio1(), comfy.latent_formats.ACEAudio()):
+        with pytest.raises(ValueError, match="no pictures and no video"):
+            path_of(small_sd15(latent_format=latent_format))
+    with pytest.raises(ValueError, match="several tensors at once"):
+        check_latent_kind(SimpleNamespace(is_nested=True))  # what newer hosts call a NestedTensor
+    check_latent_kind(torch.zeros(1, 4, 8, 8))
+
+
+def test_noise_of_another_size_is_refused(model):
+    class Loud(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+            return super().noise_scaling(sigma, 8.0 * noise, latent_image)
+
+    loud = model.clone()
+    loud.add_object_patch("model_sampling", Loud())
+    with pytest.raises(ValueError, match="none that this pack knows"):
+        path_of(loud)
 
 
 def test_what_a_node_put_on_the_model_counts(model):
     (flow,) = ModelSamplingSD3().patch(model, 3.0)
-    with pytest.raises(ValueError, match="flow models"):
-        check_invertible(flow)
     (flux,) = ModelSamplingFlux().patch(model, 1.15, 0.5, 1024, 1024)
-    with pytest.raises(ValueError, match="flow models"):
-        check_invertible(flux)
+    for patched in (flow, flux):
+        assert path_of(patched) == "flow"
+        with pytest.raises(ValueError, match=r"CONST\) is a flow model: what works with it is DDPM and DDIM Inversion"):
+            check_unet(patched)
     (v_prediction,) = ModelSamplingDiscrete().patch(model, "v_prediction", True)
-    check_invertible(v_prediction)
+    assert path_of(v_prediction) == "ve"
     with pytest.raises(ValueError, match=r"EPS.*V_PREDICTION"):
         check_same(identify(model), identify(v_prediction), allow_other=True)
+    # A shift is in the schedule: it does not make another model.
+    (shifted,) = ModelSamplingSD3().patch(model, 6.0)
+    check_same(identify(flow), identify(shifted), allow_other=False)
 
 
 def test_another_structure_never_fits(model):

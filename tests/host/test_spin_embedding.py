@@ -380,7 +380,7 @@ def test_flow_models_and_motion_modules_are_refused(model, clip):
     import comfy_extras.nodes_model_advanced as advanced
 
     flow = advanced.ModelSamplingSD3().patch(model, 3.0)[0]
-    with pytest.raises(ValueError, match="flow models"):
+    with pytest.raises(ValueError, match="is a flow model: what works"):
         run_node(flow, clip)
     moving = model.clone()
     moving.set_injections("motion", [comfy.model_patcher.PatcherInjection(lambda _: None, lambda _: None)])
