@@ -82,6 +82,46 @@ LAYOUTS = {
             "Results": [[19, 20], [21]],
         },
     ),
+    "edit_flow": Layout(
+        title="Edit a picture with Flux",
+        note="Choose Flux (or a model like it), its text encoders and VAE, and a picture; write what it shows and what "
+        "it **shall show**. With one prompt and one guidance at both places the picture comes back.\n\n"
+        "**skip** on **Replay** keeps more, the **guidance of the edit** changes more; CFG stays at 1 with distilled "
+        "models.",
+        groups={
+            "Picture": [[1, 2, 3], [4, 5, 9]],
+            "Prompts": [[6, 7, 8]],
+            "Invert": [[17, 10]],
+            "Replay with the new prompt": [[11, 18], [12, 13, 14]],
+            "Pictures": [[15, 16]],
+        },
+    ),
+    "edit_flow_qwen_image": Layout(
+        title="Edit a picture with Qwen-Image",
+        note="Choose Qwen-Image, its text encoder and VAE, and a picture; write what it shows and what it **shall "
+        "show**. With the first prompt at both places the picture comes back.\n\n"
+        "**skip** on **Replay** keeps more; the **cfg** of **The new prompt** changes more.",
+        groups={
+            "Picture": [[1, 2, 3], [4, 5, 9]],
+            "Prompts": [[6, 7, 8]],
+            "Invert": [[17, 10]],
+            "Replay with the new prompt": [[11, 12], [13, 14]],
+            "Pictures": [[15, 16]],
+        },
+    ),
+    "restyle_noise_flow": Layout(
+        title="Take over a picture's colours per region with a flow model",
+        note="Choose a flow model (here Flux), two pictures, and for each a picture of its regions: equal colours are "
+        "the same region. The replay gives each region the statistics of the style's, step by step.\n\n"
+        "Turn **Noisy steps to skip** and **adain_start**: less of both lets the style's colours in further.",
+        groups={
+            "Pictures": [[1, 2, 3], [4, 5, 15], [6, 7, 16]],
+            "Regions": [[8, 9, 12], [10, 11]],
+            "Invert both": [[13, 14], [17, 18]],
+            "Replay": [[19, 20], [21, 22, 23]],
+            "Results": [[24, 25], [26, 27]],
+        },
+    ),
     "semantix_image": Layout(
         title="Semantix: style transfer between two scenes",
         note="Both scenes are inverted (DDPM). **Restyle** makes the context again, while an energy draws each place "

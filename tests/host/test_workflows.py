@@ -26,6 +26,7 @@ SECONDS = 400
 # SaveImage cuts to 8 bits, so that a value and its equal up to rounding may be a level apart.
 ONE_LEVEL = 1.01 / 255
 SD15 = tuple(sorted(path.stem for path in API.glob("*_sd15.json")))
+FLOW = tuple(sorted(path.stem for path in API.glob("*_flow*.json")))
 PHOTOS = ("10.jpg", "10_paint.jpg")
 
 Pictures = dict[str, np.ndarray]
@@ -312,9 +313,62 @@ def refusals(address: str, graph: Graph) -> dict[str, set[str]]:
         return {n: {e["extra_info"].get("input_name", "") for e in entry["errors"]} for n, entry in found.items()}
 
 
-@pytest.mark.parametrize("name", SD15)
-def test_an_sd15_graph_lacks_nothing_but_its_files(comfy_server, name: str) -> None:
+@pytest.mark.parametrize("name", SD15 + FLOW)
+def test_a_graph_for_own_files_lacks_nothing_but_them(comfy_server, name: str) -> None:
     graph = load(name)
     asked = {"CheckpointLoaderSimple": {"ckpt_name"}, "LoadImage": {"image"}, "LoadVideo": {"file"}}
+    asked |= {"UNETLoader": {"unet_name"}, "CLIPLoader": {"clip_name"}, "VAELoader": {"vae_name"}}
+    asked["DualCLIPLoader"] = {"clip_name1", "clip_name2"}
     expected = {n: asked[node["class_type"]] for n, node in graph.items() if node["class_type"] in asked}
     assert refusals(comfy_server.address, graph) == expected
+
+
+def on_the_demo_model(graph: Graph, steps: int) -> None:
+    """A graph for a flow model with the demo model and its scenes at the places of the user's files."""
+    loaders = {"UNETLoader": 0, "DualCLIPLoader": 1, "CLIPLoader": 1, "VAELoader": 2}
+    output = {n: loaders[node["class_type"]] for n, node in graph.items() if node["class_type"] in loaders}
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in output:
+                node["inputs"][name] = ["1", output[value[0]]]
+    for n in output:
+        del graph[n]
+    graph["1"] = {"class_type": "SemanticStylePaperlandModel", "inputs": {"precision": "fp32"}, "_meta": {"title": "1"}}
+    for number, node in enumerate([node for node in graph.values() if node["class_type"] == "LoadImage"]):
+        # Content, style, and the same two again for their regions.
+        node["class_type"] = "SemanticStylePaperlandScene"
+        node["inputs"] = {"layout_seed": 20, "style_seed": 21 + number % 2, "width": 64, "height": 64}
+        node["inputs"]["only"] = "everything"
+    for node in graph.values():
+        if node["class_type"] == "ImageScale":
+            node["inputs"].update(width=64, height=64)
+        elif node["class_type"] == "ModelSamplingAuraFlow":  # of a model that is none
+            node.update(class_type="RescaleCFG", inputs={"model": node["inputs"]["model"], "multiplier": 0.0})
+        elif node["class_type"] == "SemanticStyleDDPMInversion":
+            node["inputs"]["steps"] = steps
+
+
+@pytest.mark.parametrize("name", [name for name in FLOW if name.startswith("edit")])
+def test_an_edit_for_flow_models_is_the_picture_where_nothing_is_edited(comfy_client: Client, name: str) -> None:
+    graph = load(name)
+    on_the_demo_model(graph, 6)
+    titled(graph, "Replay")["skip"] = 0
+    # The demo model knows no words but its captions'.
+    titled(graph, "What the picture shows")["text"] = [number_of(graph, "Your picture"), 2]
+    edited = pictures(comfy_client, graph)
+    titled(graph, "What it shall show")["text"] = titled(graph, "What the picture shows")["text"]
+    same = pictures(comfy_client, graph)
+    assert np.abs(same["Edited"] - same["Original"]).max() <= ONE_LEVEL
+    assert np.abs(edited["Edited"] - edited["Original"]).max() > 4 * ONE_LEVEL
+
+
+def test_noise_restyled_for_flow_models_takes_the_styles_colours(comfy_client: Client) -> None:
+    graph = load("restyle_noise_flow")
+    on_the_demo_model(graph, 6)
+    titled(graph, "Noisy steps to skip")["value"] = 1
+    titled(graph, "Replay with AdaIN per region")["adain_start"] = 0.0
+    found = pictures(comfy_client, graph)
+    restyled, content, style = (
+        found[title][0].mean(axis=(0, 1)) for title in ("Restyled", "Content picture", "Style picture")
+    )
+    assert np.linalg.norm(restyled - style) < 0.7 * np.linalg.norm(content - style)
