@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from semantic_style.benchmarks import (
     flicker_quality,
+    flow_inversion,
     pool,
     report,
     saliency_quality,
@@ -148,3 +149,17 @@ def test_processes_share_the_work_and_it_is_kept(root: Path, tmp_path: Path) -> 
     assert (tmp_path / "semantix_video.png").exists()
     found = pool.measured(partial(flicker_quality.measure, 2, 1), range(2), tmp_path, mark, workers=1)
     assert [f["figures"] for f in found] == [flicker_quality.measure(2, 1, number)["figures"] for number in (0, 1)]
+
+
+def test_methods_of_inverting_a_flow_have_equal_calls(tmp_path: Path) -> None:
+    head, *rows = flow_inversion.measure(24, ["Gaussian", "Wan"])
+    assert head[3:] == ["Gaussian", "Wan"]
+    found = {title: (int(calls), [float(e) for e in errors]) for title, _, calls, *errors in rows}
+    assert all(18 <= calls <= 24 for calls, _ in found.values())
+    _, (exact, in_float32) = found["DDPM Inversion (ours)"]
+    assert exact < 1e-12
+    assert in_float32 < 1e-5
+    assert all(error > 1e-5 for title, (_, (error, _)) in found.items() if title != "DDPM Inversion (ours)")
+    page = Path(shutil.copy(report.DOCS / "flow.md", tmp_path))
+    report.write_tables(page, {"errors": report.table(head, rows)})
+    assert "Gaussian" in page.read_text(encoding="utf-8")
