@@ -1,7 +1,7 @@
 """Injection into a masked region: Spin (semantic image painting with independent information injection, Wu et al., AAAI
 2025), in a UNet that follows the hook protocol.
 
-In every cross-attention layer places inside the mask M attend to the reference's tokens c_r, places outside to the
+In every cross-attention layer tokens inside the mask M attend to the reference's tokens c_r, tokens outside to the
 background's c_b, which are those that the call is made with:
 
     out = (1 - M) * A(q, K(c_b), V(c_b)) + M * A(q, K(c_r), V(c_r))
@@ -47,7 +47,7 @@ class Chunk:
 
     Attributes:
         frames: which pictures of the whole batch they are; None for all, in order.
-        area: (height, width, top, left) in places of the latent, where they are only that part of it; else None.
+        area: (height, width, top, left) in tokens of the latent, where they are only that part of it; else None.
     """
 
     frames: tuple[int, ...] | None = None
@@ -148,7 +148,7 @@ class Injection:
         v: Tensor,
         extra: Options,
     ) -> Tensor:
-        """The layer's attention [rows, places, C] for queries q of that shape, and the call's own k and v."""
+        """The layer's attention [rows, tokens, C] for queries q of that shape, and the call's own k and v."""
         if extra.get(OF_REFERENCE):
             return before(q, k, v, extra)
         if parts is None:
@@ -156,7 +156,7 @@ class Injection:
         rows, grid = extra["activations_shape"][0], tuple(extra["activations_shape"][-2:])
         if q.shape[0] != rows or q.shape[1] != grid[0] * grid[1] or rows % len(parts):
             raise ValueError(
-                f"the injection finds {list(q.shape[:2])} rows and places in the cross-attention of {layer[0]} block "
+                f"the injection finds {list(q.shape[:2])} rows and tokens in the cross-attention of {layer[0]} block "
                 f"{layer[1]}, where the network has {[rows, grid[0] * grid[1]]} for {len(parts)} prompts: another "
                 f"patch on this MODEL cuts or stacks them ({', '.join(map(name_of, others)) or 'unknown'}). Take "
                 "that node out"
@@ -209,7 +209,7 @@ def _levels(size: Grid | None) -> list[Grid]:
 
 
 def _weight(part: _Part, each: int, grid: Grid) -> Tensor:
-    """M for a chunk's rows, [1 or rows, places, 1]."""
+    """M for a chunk's rows, [1 or rows, tokens, 1]."""
     mask = part.on_grid[grid] if grid in part.on_grid else mask_on_grid(part.mask, grid)
     if each % len(mask):
         raise ValueError(

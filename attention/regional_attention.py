@@ -1,12 +1,12 @@
-"""Attention within corresponding regions: a place of the content sees the style's places of its own region only.
+"""Attention within corresponding regions: a token of the content sees the style's tokens of its own region only.
 
 The two attentions of SCSA: Shang et al., "SCSA: A Plug-and-Play Semantic Continuous-Sparse Attention for Arbitrary
-Semantic Style Transfer", CVPR 2025. Continuous: softmax over the region; sparse: the one best place of the region.
-Masking a places x places matrix gives the same result at the cost of all pairs; here places are sorted by region, so
+Semantic Style Transfer", CVPR 2025. Continuous: softmax over the region; sparse: the one best token of the region.
+Masking a tokens x tokens matrix gives the same result at the cost of all pairs; here tokens are sorted by region, so
 that every region is a dense attention of its own and pairs of different regions are never computed.
 
-Our reading, where the published code divides by zero: places of a region that the style lacks, or where the style has
-too few places, see the whole style.
+Our reading, where the published code divides by zero: tokens of a region that the style lacks, or where the style has
+too few tokens, see the whole style.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..regions.adain import MIN_PLACES
+from ..regions.adain import MIN_TOKENS
 from ..regions.semantic_map import SemanticMap
 
 # Memory for the sparse part's logits. On a CPU they should stay in its cache, a GPU wants enough to be busy.
@@ -26,7 +26,7 @@ CHUNK_BYTES = {"cpu": 2**22, "other": 2**28}
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Content places that see the same style places; slices of the sorted places, `keys` None for the whole style."""
+    """Content tokens that see the same style tokens; slices of the sorted tokens, `keys` None for the whole style."""
 
     queries: slice
     keys: slice | None
@@ -34,12 +34,12 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Sorting:
-    """Places of one pair of maps sorted by region, in their own order within a region.
+    """Tokens of one pair of maps sorted by region, in their own order within a region.
 
     Attributes:
-        content, style: [N] and [M], the place that comes at each position of the sorted order.
-        back: [N], the position of each content place in the sorted order.
-        groups: cover all content places, in the sorted order.
+        content, style: [N] and [M], the token that comes at each position of the sorted order.
+        back: [N], the position of each content token in the sorted order.
+        groups: cover all content tokens, in the sorted order.
     """
 
     content: Tensor
@@ -50,50 +50,50 @@ class Sorting:
 
 @dataclass(frozen=True, eq=False)
 class RegionOrder:
-    """Which style places each content place sees: made once for a map and a pair of grids by `order_by_region`.
+    """Which style tokens each content token sees: made once for a map and a pair of grids by `order_by_region`.
 
     Attributes:
         regions: the maps on the grids of content and style.
         sortings: one for each pair of maps.
-        min_places: fewest places that a region of the style needs.
+        min_tokens: fewest tokens that a region of the style needs.
     """
 
     regions: SemanticMap
     sortings: tuple[Sorting, ...]
-    min_places: int
+    min_tokens: int
 
     @property
-    def content_places(self) -> int:
+    def content_tokens(self) -> int:
         return self.regions.content[0].numel()
 
     @property
-    def style_places(self) -> int:
+    def style_tokens(self) -> int:
         return self.regions.style[0].numel()
 
 
 # Hosts run nodes in inference mode, and indices that were made in it could not be saved for a backward pass.
 @torch.inference_mode(False)
-def order_by_region(regions: SemanticMap, min_places: int = MIN_PLACES) -> RegionOrder:
-    """Sort the places of both grids by region.
+def order_by_region(regions: SemanticMap, min_tokens: int = MIN_TOKENS) -> RegionOrder:
+    """Sort the tokens of both grids by region.
 
     Args:
         regions: maps that are on the grids of the attention already (`SemanticMap.at`); the result is on their device.
-        min_places: fewest places that a region needs in the style; the content's places of other regions see the whole
+        min_tokens: fewest tokens that a region needs in the style; the content's tokens of other regions see the whole
             style.
     Raises:
-        ValueError: min_places below 1.
+        ValueError: min_tokens below 1.
     """
-    if min_places < 1:
-        raise ValueError(f"min_places must be at least 1, got {min_places}")
+    if min_tokens < 1:
+        raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
     content, style = regions.content.flatten(1).long(), regions.style.flatten(1).long()
     pairs = max(len(content), len(style))
     rows = zip(content.expand(pairs, -1), style.expand(pairs, -1), strict=True)
-    return RegionOrder(regions, tuple(_sort(c, s.to(c.device), min_places) for c, s in rows), min_places)
+    return RegionOrder(regions, tuple(_sort(c, s.to(c.device), min_tokens) for c, s in rows), min_tokens)
 
 
-def _sort(content: Tensor, style: Tensor, min_places: int) -> Sorting:
-    labels, places = torch.unique(style, return_counts=True)
-    known = labels[places >= min_places]
+def _sort(content: Tensor, style: Tensor, min_tokens: int) -> Sorting:
+    labels, tokens = torch.unique(style, return_counts=True)
+    known = labels[tokens >= min_tokens]
     rank_c, rank_s = _rank(content, known), _rank(style, known)
     order = rank_c.argsort(stable=True)
     groups = []
@@ -114,15 +114,15 @@ def _slices(rank: Tensor, last: int) -> list[slice]:
 
 
 def continuous_attention(q: Tensor, k: Tensor, v: Tensor, order: RegionOrder, scale: float | None = None) -> Tensor:
-    """Softmax attention of every content place to the style places of its region (SCA).
+    """Softmax attention of every content token to the style tokens of its region (SCA).
 
-    Exact; memory is linear in places wherever PyTorch has a fused attention (CPUs, CUDA). Deterministic; the order of
+    Exact; memory is linear in tokens wherever PyTorch has a fused attention (CPUs, CUDA). Deterministic; the order of
     sums in CUDA's backward pass is not.
 
     Args:
-        q: [B, heads, N, D], the content's places, row-major.
-        k: [B', heads, M, D]; v: [B', heads, M, D'], the style's places.
-        order: regions on the grids with N and M places, one map or several. Image i takes keys i modulo their number
+        q: [B, heads, N, D], the content's tokens, row-major.
+        k: [B', heads, M, D]; v: [B', heads, M, D'], the style's tokens.
+        order: regions on the grids with N and M tokens, one map or several. Image i takes keys i modulo their number
             and map i modulo theirs: one for all, one for each, or one for each in both halves of a CFG batch.
         scale: of the logits; default D^-1/2.
     Returns:
@@ -143,20 +143,20 @@ def continuous_attention(q: Tensor, k: Tensor, v: Tensor, order: RegionOrder, sc
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, order: RegionOrder, chunk_bytes: int | None = None) -> Tensor:
-    """The value of the one best style place of the region, for every content place (SSA): `v[argmax_j q_i . k_j]`.
+    """The value of the one best style token of the region, for every content token (SSA): `v[argmax_j q_i . k_j]`.
 
     The gradient goes to the values only, an arg-max has none. Arguments, result and errors as in
-    `continuous_attention`; the choice and `chunk_bytes` as in `best_places`.
+    `continuous_attention`; the choice and `chunk_bytes` as in `best_tokens`.
     """
-    best = best_places(q, k, order, chunk_bytes)
+    best = best_tokens(q, k, order, chunk_bytes)
     _check(order, q, k, v)
     v = _repeat(v, len(best))
     return v.gather(2, best[..., None].expand(*best.shape, v.shape[-1]))
 
 
 @torch.no_grad()
-def best_places(q: Tensor, k: Tensor, order: RegionOrder, chunk_bytes: int | None = None) -> Tensor:
-    """The style place of the same region with the largest `q . k`, of equals the first.
+def best_tokens(q: Tensor, k: Tensor, order: RegionOrder, chunk_bytes: int | None = None) -> Tensor:
+    """The style token of the same region with the largest `q . k`, of equals the first.
 
     The products are computed in float32 at least, whatever the dtype: in bfloat16 1% of the choices would change. On
     CUDA that holds while PyTorch's TF32 products are off, which is the default.
@@ -224,11 +224,11 @@ def _check(order: RegionOrder, q: Tensor, k: Tensor, v: Tensor | None = None) ->
         raise ValueError(f"attention needs q [B, heads, N, D] and k [B', heads, M, D], got {shapes}")
     if v is not None and (v.ndim != 4 or v.shape[:3] != k.shape[:3]):
         raise ValueError(f"attention needs one value for each key, got {shapes}")
-    if (q.shape[2], k.shape[2]) != (order.content_places, order.style_places):
+    if (q.shape[2], k.shape[2]) != (order.content_tokens, order.style_tokens):
         content, style = order.regions.content, order.regions.style
         raise ValueError(
             f"{shapes} do not fit regions of {list(content.shape[1:])} content and {list(style.shape[1:])} style "
-            "places: make the order from SemanticMap.at with the grids of this layer"
+            "tokens: make the order from SemanticMap.at with the grids of this layer"
         )
     counts = len(q), len(k), len(order.sortings)
     if any(max(counts) % count for count in counts):

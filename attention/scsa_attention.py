@@ -7,8 +7,8 @@ block's own normalisation and `Wq Wk Wv Wo` the projections of its self-attentio
 
     c  = S-AdaIN(X_c, X_s)
     SCA: q = a1 Wq n(X_cm) + (1 - a1) Wq n(c), k = a1 Wk n(X_sm) + (1 - a1) Wk n(X_s), v = Wv n(X_s); softmax of
-         tau d^-1/2 q.k over the style's places in the same region
-    SSA: q = a2 Wq n(c) + (1 - a2) Wq IN(x), k = Wk n(X_s), v = Wv n(X_s); the best place in the same region
+         tau d^-1/2 q.k over the style's tokens in the same region
+    SSA: q = a2 Wq n(c) + (1 - a2) Wq IN(x), k = Wk n(X_s), v = Wv n(X_s); the best token in the same region
     x  <- t1 Wo(SCA) + t2 Wo(SSA) + x
 
 SCA does not depend on x and SSA only through an arg-max: through a block with SCSA the gradient to x is that of the
@@ -31,7 +31,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScsaSettings:
     """How SCSA mixes; the published values.
 
     Attributes:
@@ -62,7 +62,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class SelfAttention:
-    """A transformer block's normalisation before self-attention and the projections of that, each on [B, places, C]."""
+    """A transformer block's normalisation before self-attention and the projections of that, each on [B, tokens, C]."""
 
     norm: Layer
     to_q: Layer
@@ -109,17 +109,17 @@ def align(content: Tensor, style: Tensor, order: RegionOrder) -> Tensor:
         rearrange(style, "b (h w) c -> b c h w", h=h_s, w=w_s),
         order.regions.content,
         order.regions.style,
-        order.min_places,
+        order.min_tokens,
     )
     return rearrange(out, "b c h w -> b (h w) c")
 
 
-def prepare(block: SelfAttention, references: References, order: RegionOrder, settings: Settings) -> Prepared:
+def prepare(block: SelfAttention, references: References, order: RegionOrder, settings: ScsaSettings) -> Prepared:
     """All that does not depend on the image being made; good for one noise level.
 
     Args:
         block, references: see there; the references' dtype is the block's.
-        order: regions on the grids of the block's places.
+        order: regions on the grids of the block's tokens.
     Raises:
         ValueError: shapes that do not fit each other or the regions.
     """
@@ -148,7 +148,7 @@ def sparse(block: SelfAttention, x: Tensor, prepared: Prepared, order: RegionOrd
     return _rows(block.to_out(_merge(sparse_attention(q, k, v, order))), len(x))
 
 
-def scsa(block: SelfAttention, x: Tensor, prepared: Prepared, order: RegionOrder, settings: Settings) -> Tensor:
+def scsa(block: SelfAttention, x: Tensor, prepared: Prepared, order: RegionOrder, settings: ScsaSettings) -> Tensor:
     """What takes the place of self-attention, `t1 Wo(SCA) + t2 Wo(SSA)`; the block adds it to x.
 
     Args:
@@ -175,7 +175,7 @@ def scsa(block: SelfAttention, x: Tensor, prepared: Prepared, order: RegionOrder
 
 
 def instance_norm(x: Tensor) -> Tensor:
-    """Every channel of [B, places, C] to mean 0 and deviation 1 over its places: unbiased variance, eps inside."""
+    """Every channel of [B, tokens, C] to mean 0 and deviation 1 over its tokens: unbiased variance, eps inside."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = y - y.mean(dim=1, keepdim=True)
     var = centred.square().sum(dim=1, keepdim=True) / max(x.shape[1] - 1, 1)
@@ -196,10 +196,10 @@ def _rows(x: Tensor, batch: int) -> Tensor:
 
 def _check(references: References, order: RegionOrder) -> None:
     content, style = references.content, references.style
-    n, m = order.content_places, order.style_places
+    n, m = order.content_tokens, order.style_tokens
     if content.ndim != 3 or style.ndim != 3 or (content.shape[1], style.shape[1]) != (n, m):
         raise ValueError(
-            f"content {list(content.shape)} and style {list(style.shape)} do not fit regions of {n} and {m} places: "
+            f"content {list(content.shape)} and style {list(style.shape)} do not fit regions of {n} and {m} tokens: "
             "resample the semantic map to the grids of this block"
         )
     for mine, its_map, name in (

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..regions.adain import MIN_PLACES
+from ..regions.adain import MIN_TOKENS
 from ..regions.semantic_map import SemanticMap
 from .layers import Layer, Options, name_of, transformer_block
 from .regional_attention import RegionOrder, order_by_region
-from .scsa_attention import Prepared, References, SelfAttention, Settings, prepare, scsa
+from .scsa_attention import Prepared, References, ScsaSettings, SelfAttention, prepare, scsa
 
 Grid = tuple[int, int]
 
 
 @contextmanager
 def block_inputs(unet: nn.Module, layers: tuple[Layer, ...]) -> Iterator[dict[Layer, Tensor]]:
-    """Inside, the dict holds what entered each of these transformer blocks last, [R, places, C], without its graph."""
+    """Inside, the dict holds what entered each of these transformer blocks last, [R, tokens, C], without its graph."""
     seen: dict[Layer, Tensor] = {}
 
     def keep(layer: Layer) -> Any:
@@ -46,7 +46,7 @@ def block_inputs(unet: nn.Module, layers: tuple[Layer, ...]) -> Iterator[dict[La
 
 @dataclass(frozen=True, eq=False)
 class Entered:
-    """What entered the blocks for some references: tokens [R, places, C] and their grid, by layer."""
+    """What entered the blocks for some references: tokens [R, tokens, C] and their grid, by layer."""
 
     tokens: dict[Layer, Tensor]
     grids: dict[Layer, Grid]
@@ -97,9 +97,9 @@ class Scsa:
     unet: nn.Module
     layers: tuple[Layer, ...]
     regions: SemanticMap
-    settings: Settings
+    settings: ScsaSettings
     seen: dict[Layer, Tensor]
-    min_places: int = MIN_PLACES
+    min_tokens: int = MIN_TOKENS
     fired: bool = False
     prepared: dict[Layer, Prepared] = field(default_factory=dict)
     orders: dict[tuple[Grid, Grid], RegionOrder] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Scsa:
             grids = content.grids[layer], style.grids[layer]
             c, s = content.tokens[layer], style.tokens[layer]
             if grids not in self.orders:
-                self.orders[grids] = order_by_region(self.regions.at(*grids).to(c.device), self.min_places)
+                self.orders[grids] = order_by_region(self.regions.at(*grids).to(c.device), self.min_tokens)
             # One map picture may serve a batch; where none is used any tensor of the shape will do.
             c_m = c if content_map is None else content_map.tokens[layer].expand_as(c)
             s_m = s if style_map is None else style_map.tokens[layer].expand_as(s)
@@ -151,13 +151,13 @@ class Scsa:
     def _one_place(
         self, before: list, n: Tensor, context: Tensor, value: Tensor, extra: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The block's own self-attention is thrown away: let it be over one place."""
+        """The block's own self-attention is thrown away: let it be over one token."""
         layer = (*extra["block"], extra["block_index"])
         if layer not in self.prepared:
             return n, context, value
         if n.shape[:2] != self.seen[layer].shape[:2]:
             raise ValueError(
-                f"SCSA takes the self-attention of {layer[0]} block {layer[1]}, whose places another patch on this "
+                f"SCSA takes the self-attention of {layer[0]} block {layer[1]}, whose tokens another patch on this "
                 f"MODEL merges or tiles ({', '.join(map(name_of, before))}): the two do not go together. Take that "
                 "node out, or give SCSA other blocks"
             )
@@ -180,7 +180,7 @@ class Scsa:
         return SelfAttention(block.norm1.forward, attn.to_q, attn.to_k, attn.to_v, attn.to_out, heads)
 
 
-def uses_map_pictures(settings: Settings) -> bool:
+def uses_map_pictures(settings: ScsaSettings) -> bool:
     """Whether the pictures of the semantic maps have any weight: they are in the continuous part only."""
     return settings.t1 != 0 and settings.a1 > 0
 

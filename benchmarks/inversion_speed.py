@@ -35,9 +35,9 @@ class Run:
 
 def measure(case: Case, steps: int, levels: int) -> Run:
     """One inversion."""
-    from ..host.invert import Task, invert_ddpm
+    from ..host.invert import InversionTask, invert_ddpm
 
-    task = Task(case.model, case.positive, case.negative, case.latent, steps, "normal", CFG, seed=0)
+    task = InversionTask(case.model, case.positive, case.negative, case.latent, steps, "normal", CFG, seed=0)
     with torch.inference_mode(), peak_memory() as peak, unet_time(case.model.model.diffusion_model) as unet:
         start, processor = time.perf_counter(), time.process_time()
         invert_ddpm(task, levels)

@@ -157,11 +157,11 @@ def pairs_at(scenes: Sequence[Scenes], sigma: float) -> list[Pairs]:
 
 def features(scene: Scenes, captions: Sequence[str], sigma: float, seed: int) -> list[Tensor]:
     """Decoder features of noised scenes, each with a noise of its own, one tensor [B, C, h, w] per stage."""
-    from ..host.reading import Look, read_features
+    from ..host.reading import FeatureCall, read_features
 
     model = demo()
     clean = model.encode(scene.images)["samples"]
-    looks = [Look(clean[i : i + 1], model.prompt(text), seed + i) for i, text in enumerate(captions)]
+    looks = [FeatureCall(clean[i : i + 1], model.prompt(text), seed + i) for i, text in enumerate(captions)]
     with torch.inference_mode():
         found = read_features(model.model, looks, sigma)
     return [torch.cat(stage) for stage in zip(*(f.stages for f in found), strict=True)]

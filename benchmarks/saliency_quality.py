@@ -51,12 +51,14 @@ def truth(landscape: Scenes) -> Tensor:
 
 def subjects(model: Demo, image: Tensor) -> dict[str, Tensor]:
     """Masks [H, W] of a picture's subject by one cut and by the node, as large as it is and smaller."""
-    from ..host.reading import Look, read_features
+    from ..host.reading import FeatureCall, read_features
     from ..nodes.nodes_saliency import FindSubject
 
     latent, prompt = model.encode(image), model.prompt("")
     with torch.inference_mode():
-        looks = read_features(model.model, [Look(latent["samples"], prompt, seed) for seed in range(LOOKS)], SIGMA)
+        looks = read_features(
+            model.model, [FeatureCall(latent["samples"], prompt, seed) for seed in range(LOOKS)], SIGMA
+        )
         mean = torch.stack([F.normalize(look.stages[-1], dim=1) for look in looks]).mean(dim=0)[0]
         places = one_cut(mean)[None, None].float()
     found = {ONE_CUT: F.interpolate(places, image.shape[1:3], mode="bilinear")[0, 0] > 0.5}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..attention.regional_attention import RegionOrder, continuous_attention, order_by_region, sparse_attention
-from ..attention.scsa_attention import References, SelfAttention, Settings, align, instance_norm, prepare, scsa
+from ..attention.scsa_attention import References, ScsaSettings, SelfAttention, align, instance_norm, prepare, scsa
 from ..regions.semantic_map import SemanticMap
 
 HEADS, WIDTH = 8, 40
@@ -193,13 +193,13 @@ def make_block(places: int, regions: int, device: torch.device, dtype: torch.dty
 
 
 def grouped_block(block: Block) -> Tensor:
-    settings, order = Settings(), block.attention.order
+    settings, order = ScsaSettings(), block.attention.order
     return scsa(block.layer, block.x, prepare(block.layer, block.references, order, settings), order, settings)
 
 
 def dense_block(block: Block) -> Tensor:
     """The same sum with the dense form of both attentions."""
-    s, layer, r, case = Settings(), block.layer, block.references, block.attention
+    s, layer, r, case = ScsaSettings(), block.layer, block.references, block.attention
 
     def split(x: Tensor) -> Tensor:
         return x.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2)

@@ -26,7 +26,7 @@ class Subject:
 
     def __init__(self, case: Case, steps: int) -> None:
         from ..host.apply_scsa import Patch, Pictures, apply_scsa
-        from ..host.invert import Task, invert_ddim
+        from ..host.invert import InversionTask, invert_ddim
         from ..regions.semantic_map import SemanticMap
         from .scsa_attention_speed import around_points
 
@@ -34,7 +34,8 @@ class Subject:
         generator = torch.Generator().manual_seed(1)
         latents = [case.latent, *(torch.randn(case.latent.shape, generator=generator) for _ in range(3))]
         self.pictures = [
-            invert_ddim(Task(case.model, case.negative, case.negative, x, steps, "normal", 1.0, 0)) for x in latents
+            invert_ddim(InversionTask(case.model, case.negative, case.negative, x, steps, "normal", 1.0, 0))
+            for x in latents
         ]
         side = case.latent.shape[-1]
         regions = SemanticMap(*(around_points(8 * side, REGIONS, generator) for _ in range(2)))

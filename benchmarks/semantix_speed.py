@@ -29,13 +29,13 @@ class Subject:
     """A case with its inversions: everything that is not measured."""
 
     def __init__(self, case: Case, steps: int) -> None:
-        from ..host.invert import Task, invert_ddpm
+        from ..host.invert import InversionTask, invert_ddpm
         from ..samplers.terms import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
 
         self.case, self.steps = case, steps
         noise = torch.randn(case.latent.shape, generator=torch.Generator().manual_seed(1))
         make: Callable = lambda latent, prompt, cfg, seed: invert_ddpm(  # noqa: E731
-            Task(case.model, prompt, case.negative, latent, steps, "normal", cfg, seed)
+            InversionTask(case.model, prompt, case.negative, latent, steps, "normal", cfg, seed)
         )
         self.context = make(case.latent, case.positive, CFG, 1)
         self.reference = make(noise, case.negative, 1.0, 2)

@@ -39,10 +39,10 @@ class Subject:
     def learn(self) -> tuple[float, float]:
         """Seconds of a step without judging, and of judging once: medians of a run."""
         from ..host import learn_word as embedding
-        from ..samplers.word_learning import Settings
+        from ..samplers.word_learning import LearningSettings
 
         # Judged before the first step, after half of them, and at the end.
-        settings = Settings(steps=self.steps, batch=self.batch, checks=2)
+        settings = LearningSettings(steps=self.steps, batch=self.batch, checks=2)
         calls = _Calls()
         embedding.learn_embedding(
             embedding.Task(calls.on(self.case.model), self.prompt, self.case.latent[:1], None, settings)
@@ -149,11 +149,11 @@ def timed(work: Callable[[], Any]) -> float:
 
 def measure(case: Case, batch: int, steps: int, repeats: int) -> None:
     """Measure all in turn and print the table's row."""
-    from ..samplers.word_learning import Settings
+    from ..samplers.word_learning import LearningSettings
 
     subject = Subject(case, batch, steps)
     subject.parts()  # warms up
-    published = Settings()
+    published = LearningSettings()
     share = len(published.judged_at) / published.steps
     rounds: list[dict[str, float]] = []
     for _ in range(repeats):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention.layers import Layer, Options, layers_of_blocks, name_of, self_attention_layers
-from ..attention.scsa_attention import Settings
+from ..attention.scsa_attention import ScsaSettings
 from ..attention.scsa_patch import Entered, Reader, Scsa, block_inputs, check_free, uses_map_pictures
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
@@ -62,7 +62,7 @@ class Patch:
 
     pictures: Pictures
     regions: SemanticMap
-    settings: Settings = field(default_factory=Settings)
+    settings: ScsaSettings = field(default_factory=ScsaSettings)
     blocks: tuple[int, ...] | None = None
     start: float = 0.0
     end: float = 1.0

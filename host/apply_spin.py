@@ -176,7 +176,7 @@ def check_latent(spin: Spin, shape: torch.Size) -> None:
         if count not in (1, shape[0]):
             raise ValueError(f"Spin has {count} {what} for {shape[0]} pictures: it needs one, or one for each picture")
     (height, width), (h, w) = spin.mask.shape[1:], shape[2:]
-    # Pictures are cropped to whole places of the latent, by less than one.
+    # Pictures are cropped to whole positions of the latent, by less than one.
     if abs(height * w - width * h) > max(height, width):
         raise ValueError(
             f"Spin's mask is {width}x{height} and the latent being made {w}x{h}: they have other proportions, so the "

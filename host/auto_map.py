@@ -13,14 +13,14 @@ from ..samplers.features import Features
 from ..samplers.inversion import Inversion
 from .model_sampling import check_unet
 from .models import check_same, identify
-from .reading import MIDDLE_SIGMA, Look, check_sigma, read_features
+from .reading import MIDDLE_SIGMA, FeatureCall, check_sigma, read_features
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class MapRequest:
     """What to make a map of, and how.
 
     Attributes:
@@ -48,7 +48,7 @@ class Request:
         return self.content, self.style
 
 
-def auto_map(request: Request) -> tuple[SemanticMap, list[Clustering]]:
+def auto_map(request: MapRequest) -> tuple[SemanticMap, list[Clustering]]:
     """Regions that content and style share, on the grid of the finest features.
 
     With several contents and one style (a video's frames) all are clustered together; with several of both every pair
@@ -61,11 +61,11 @@ def auto_map(request: Request) -> tuple[SemanticMap, list[Clustering]]:
         FloatingPointError: features that are not finite.
     """
     _check(request)
-    looks = [Look(side.clean, _prompt(request, side), request.seed) for side in request.sides]
+    looks = [FeatureCall(side.clean, _prompt(request, side), request.seed) for side in request.sides]
     return _cluster(request, *read_features(request.model, looks, request.sigma))
 
 
-def _check(request: Request) -> None:
+def _check(request: MapRequest) -> None:
     check_unet(request.model)
     feature_blocks(request.model.model.diffusion_model)
     check_regions(request.regions)
@@ -92,13 +92,13 @@ def _check(request: Request) -> None:
         )
 
 
-def _prompt(request: Request, side: Inversion) -> list:
+def _prompt(request: MapRequest, side: Inversion) -> list:
     prompt = side.positive if request.conditioning is None else request.conditioning
     assert prompt is not None
     return prompt
 
 
-def _cluster(request: Request, content: Features, style: Features) -> tuple[SemanticMap, list[Clustering]]:
+def _cluster(request: MapRequest, content: Features, style: Features) -> tuple[SemanticMap, list[Clustering]]:
     for side, name in ((content, "content"), (style, "style")):
         if not all(torch.isfinite(stage).all() for stage in side.stages):
             raise FloatingPointError(f"the {name}'s features contain NaN or infinity: try the model in float32")

@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 # Beyond that much latent area in one call a GPU is busy anyway; a bound also keeps progress, previews and Cancel
 # responsive.
-GPU_PLACES = 16 * 64 * 64
+GPU_AREA = 16 * 64 * 64
 MAX_LEVELS = 16
 # On a CPU a bigger batch pays only while one image leaves the cores idle, and costs cache (benchmarks/inversion_speed).
-CPU_PLACES = 2 * 32 * 32
+CPU_AREA = 2 * 32 * 32
 # The host's own safety factor on its estimate of a model call's memory.
 MEMORY_MARGIN = 1.5
 # Trajectory and noise maps may take this share of what is free on the device.
@@ -45,9 +45,9 @@ def levels_per_call(guider: Any, latent: Tensor, steps: int, asked: int = 0) -> 
         return 1
     if asked:
         return min(asked, steps)
-    places = latent.shape[0] * math.prod(latent.shape[2:])
-    budget = CPU_PLACES if latent.device.type == "cpu" else GPU_PLACES
-    by_area = budget // places
+    pixels = latent.shape[0] * math.prod(latent.shape[2:])
+    budget = CPU_AREA if latent.device.type == "cpu" else GPU_AREA
+    by_area = budget // pixels
     return max(1, min(by_area, _by_memory(guider, latent), MAX_LEVELS, steps))
 
 

@@ -13,7 +13,7 @@ from ..regions.saliency import THRESHOLD, Saliency, check_threshold, find_subjec
 from ..samplers.inversion import Inversion
 from .model_sampling import check_unet
 from .models import check_channels, check_same, identify
-from .reading import Look, check_sigma, read_features
+from .reading import FeatureCall, check_sigma, read_features
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -25,7 +25,7 @@ DOWNSCALE = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class SubjectRequest:
     """Whose subject is looked for, and how.
 
     Attributes:
@@ -48,7 +48,7 @@ class Request:
     allow_other_model: bool = False
 
 
-def find_subjects(request: Request) -> list[Saliency | str]:
+def find_subjects(request: SubjectRequest) -> list[Saliency | str]:
     """The subject of each of the pictures, on the grid of the model's finest features; where there is none, why.
 
     Raises:
@@ -56,7 +56,7 @@ def find_subjects(request: Request) -> list[Saliency | str]:
         FloatingPointError: features that are not finite.
     """
     clean, prompt = _check(request)
-    looks = [Look(clean, prompt, request.seed + i) for i in range(request.looks)]
+    looks = [FeatureCall(clean, prompt, request.seed + i) for i in range(request.looks)]
     stages = [features.stages[-1] for features in read_features(request.model, looks, request.sigma)]
     if not all(torch.isfinite(stage).all() for stage in stages):
         raise FloatingPointError("the reference's features contain NaN or infinity: try the model in float32")
@@ -78,7 +78,7 @@ def pixel_size(model: "ModelPatcher", reference: Tensor | Inversion) -> tuple[in
     return h * ratio, w * ratio
 
 
-def _check(request: Request) -> tuple[Tensor, list]:
+def _check(request: SubjectRequest) -> tuple[Tensor, list]:
     """The clean latents in the model's coordinates and the prompt."""
     model, reference = request.model, request.reference
     check_unet(model)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Task:
+class InversionTask:
     """What to invert and with what: the inputs that both kinds of inversion share.
 
     Attributes:
@@ -117,7 +117,9 @@ def make_sigmas(model: "ModelPatcher", scheduler: str, steps: int) -> Tensor:
     return sigmas
 
 
-def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True, same_noise: bool = False) -> Inversion:
+def invert_ddpm(
+    task: InversionTask, batch_steps: int = 0, keep_residual: bool = True, same_noise: bool = False
+) -> Inversion:
     """Edit-friendly DDPM inversion through the host (see `samplers.ddpm_inversion`), on the CPU when done.
 
     Args:
@@ -145,7 +147,7 @@ def invert_ddpm(task: Task, batch_steps: int = 0, keep_residual: bool = True, sa
     return _run(task, run, calls_per_step=1)
 
 
-def invert_ddim(task: Task, refine: int = 0) -> Inversion:
+def invert_ddim(task: InversionTask, refine: int = 0) -> Inversion:
     """DDIM inversion through the host (see `samplers.ddim_inversion`), on the CPU when done.
 
     Raises:
@@ -194,7 +196,7 @@ class InversionSampler(comfy.samplers.Sampler):
         return latent_image
 
 
-def _run(task: Task, run: Callable[..., Inversion], calls_per_step: int) -> Inversion:
+def _run(task: InversionTask, run: Callable[..., Inversion], calls_per_step: int) -> Inversion:
     path_of(task.model)
     check_latent_kind(task.latent)
     latent = comfy.sample.fix_empty_latent_channels(task.model, task.latent)
@@ -239,7 +241,7 @@ def _to_host(model: "ModelPatcher", latent: Tensor) -> tuple[Tensor, Tensor]:
     return scale.flatten(2)[0, :, 0], shift.flatten(2)[0, :, 0]
 
 
-def _finish(inversion: Inversion, task: Task, scale: Tensor, shift: Tensor) -> Inversion:
+def _finish(inversion: Inversion, task: InversionTask, scale: Tensor, shift: Tensor) -> Inversion:
     """The result with what only the host knows, off the device."""
     known = {
         "cfg": float(task.cfg),

@@ -13,7 +13,7 @@ from ..regions.map_pictures import draw_map
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from .fingerprint import NoFingerprintError, fingerprint, token
-from .invert import Task, invert_ddim
+from .invert import InversionTask, invert_ddim
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -76,7 +76,9 @@ def invert_map_pictures(
 def _invert(model: "ModelPatcher", like: Inversion, latent: Tensor) -> Inversion:
     assert like.positive is not None
     negative = like.positive if like.negative is None else like.negative
-    return invert_ddim(Task(model, like.positive, negative, latent, like.steps, "", 1.0, like.seed, like.sigmas))
+    return invert_ddim(
+        InversionTask(model, like.positive, negative, latent, like.steps, "", 1.0, like.seed, like.sigmas)
+    )
 
 
 def _rows(inversion: Inversion, rows: slice) -> Inversion:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..samplers.word_learning import JUDGED_LEVELS, Learned, Settings, check_saliency, learn
+from ..samplers.word_learning import JUDGED_LEVELS, Learned, LearningSettings, check_saliency, learn
 from .conditioning import has_motion, stream_conds
 from .extra_calls import extra_call_options
 from .gradients import WHY_CHECKPOINTED, differentiable, must_checkpoint, ordinary
@@ -33,7 +33,7 @@ OURS = "semantic_style_embedding"
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class LearningTask:
     """What to learn from and how.
 
     Attributes:
@@ -50,12 +50,12 @@ class Task:
     prompt: Prompt
     latent: Tensor
     saliency: Tensor | None = None
-    settings: Settings = field(default_factory=Settings)
+    settings: LearningSettings = field(default_factory=LearningSettings)
     checkpointing: bool = False
     broken_off: Callable[[Learned], None] | None = None
 
 
-def learn_embedding(task: Task) -> Learned:
+def learn_embedding(task: LearningTask) -> Learned:
     """Learn the pseudo-word's vectors; the result's tensors are ordinary ones on the CPU.
 
     Raises:
@@ -103,7 +103,7 @@ def learn_embedding(task: Task) -> Learned:
 class _Learning(comfy.samplers.Sampler):
     """A host sampler that learns instead of sampling. One object for one run: it keeps what was learnt so far."""
 
-    def __init__(self, task: Task, saliency: Tensor, levels: Tensor) -> None:
+    def __init__(self, task: LearningTask, saliency: Tensor, levels: Tensor) -> None:
         self.task, self.saliency, self.levels = task, saliency, levels
         self.learned: Learned | None = None
 
@@ -194,12 +194,12 @@ def latent_as_picture(model: "ModelPatcher", vae: Any, latent: Tensor) -> Tensor
         return decoded.reshape(-1, *decoded.shape[-3:])[0]
     latent_format = model.get_model_object("latent_format")
     inner = latent_format.process_in(latent.float().cpu())[0]
-    places = inner.reshape(inner.shape[0], -1, *inner.shape[-2:])[:, 0]
+    positions = inner.reshape(inner.shape[0], -1, *inner.shape[-2:])[:, 0]
     factors = latent_format.latent_rgb_factors
     if factors is None:
-        colours = places.mean(dim=0, keepdim=True).expand(3, -1, -1)
+        colours = positions.mean(dim=0, keepdim=True).expand(3, -1, -1)
     else:
-        colours = torch.einsum("chw,cr->rhw", places, torch.tensor(factors))
+        colours = torch.einsum("chw,cr->rhw", positions, torch.tensor(factors))
         bias = latent_format.latent_rgb_factors_bias
         colours = colours if bias is None else colours + torch.tensor(bias)[:, None, None]
     return (colours.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)

@@ -27,7 +27,7 @@ OURS = "semantic_style"
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class FeatureCall:
     """A call that features are read from: clean latents [B, C, H, W] in the model's coordinates, their CONDITIONING,
     the seed of the noise."""
 
@@ -53,7 +53,7 @@ def noised(clean: Tensor, sigma: float, seed: int) -> Tensor:
     return clean + sigma * noise.to(clean)
 
 
-def read_features(model: "ModelPatcher", looks: Sequence[Look], sigma: float) -> list[Features]:
+def read_features(model: "ModelPatcher", looks: Sequence[FeatureCall], sigma: float) -> list[Features]:
     """What the model's decoder makes of pictures with noise.
 
     Args:
@@ -96,7 +96,7 @@ def unpatched(model: "ModelPatcher") -> "ModelPatcher":
 class _Reading(comfy.samplers.Sampler):
     """A host sampler that reads features instead of sampling. One object for one run: it keeps the run's result."""
 
-    def __init__(self, looks: Sequence[Look], sigma: float) -> None:
+    def __init__(self, looks: Sequence[FeatureCall], sigma: float) -> None:
         self.looks, self.sigma = looks, sigma
         self.features: list[Features] = []
 

@@ -179,7 +179,7 @@ class PixelVAE:
         return self._decode(samples_in.float()).to(self.output_device)
 
     def encode_tiled(self, pixel_samples: Tensor, **_: Any) -> Tensor:
-        """Tiles would change nothing: every place is encoded by itself."""
+        """Tiles would change nothing: every position is encoded by itself."""
         return self.encode(pixel_samples)
 
     def decode_tiled(self, samples: Tensor, **_: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..host.auto_map import Request, auto_map, summary
+from ..host.auto_map import MapRequest, auto_map, summary
 from ..host.models import identify, why_unchecked
 from ..host.reading import MIDDLE_SIGMA
 from ..regions.clustering import MAX_REGIONS
@@ -24,7 +24,7 @@ class AutoMap(io.ComfyNode):
             display_name="Automatic Semantic Map (Semantic Style)",
             category=CATEGORY,
             description="Finds regions that content and style share, from what the diffusion model itself sees in both "
-            "pictures: places whose decoder features are alike get one label, on either side.",
+            "pictures: positions whose decoder features are alike get one label, on either side.",
             search_aliases=["segmentation", "clustering", "correspondence", "scsa"],
             inputs=[
                 io.Model.Input(
@@ -48,7 +48,7 @@ class AutoMap(io.ComfyNode):
                     default=1,
                     min=0,
                     max=20,
-                    tooltip="Rounds of a majority filter over neighbouring places: more gives calmer borders and "
+                    tooltip="Rounds of a majority filter over neighbouring positions: more gives calmer borders and "
                     "loses small things.",
                 ),
                 io.Int.Input(
@@ -107,7 +107,7 @@ class AutoMap(io.ComfyNode):
         prompt: list | None = None,
         allow_other_model: bool = False,
     ) -> io.NodeOutput:
-        request = Request(model, content, style, prompt, sigma, regions, smoothing, seed, allow_other_model)
+        request = MapRequest(model, content, style, prompt, sigma, regions, smoothing, seed, allow_other_model)
         found, clusterings = auto_map(request)
         now = identify(model)
         unchecked = dict.fromkeys(why_unchecked(side.model, now, allow_other_model) for side in request.sides)

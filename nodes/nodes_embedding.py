@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..files.embedding_file import SUFFIX, check_name, file_of, free_name, save_embedding
-from ..host.learn_word import Task, latent_as_picture, learn_embedding, summary, tell
+from ..host.learn_word import LearningTask, latent_as_picture, learn_embedding, summary, tell
 from ..host.models import check_same, identify
 from ..host.pseudo_words import IT, make_prompt
 from ..pictures.report_plot import HEIGHT, WIDTH
@@ -19,7 +19,14 @@ from ..pictures.word_plot import embedding_plot
 from ..regions.crops import as_encoded
 from ..regions.masks import as_mask, mask_on_grid, numbers
 from ..samplers.inversion import Inversion
-from ..samplers.word_learning import LEAST_PLACES, MOST_SKIPPED, PUBLISHED_RATE, PUBLISHED_STEPS, Learned, Settings
+from ..samplers.word_learning import (
+    LEAST_PIXELS,
+    MOST_SKIPPED,
+    PUBLISHED_RATE,
+    PUBLISHED_STEPS,
+    Learned,
+    LearningSettings,
+)
 from .late import attempt
 from .nodes_inversion import MAX_SEED
 from .schema import advanced, schema
@@ -197,7 +204,7 @@ class SpinEmbedding(io.ComfyNode):
         checkpointing: bool = False,
     ) -> io.NodeOutput:
         check_name(name)
-        settings = Settings(steps, learning_rate, batch=batch, seed=seed, skip_clean=skip_clean)
+        settings = LearningSettings(steps, learning_rate, batch=batch, seed=seed, skip_clean=skip_clean)
         picture = _picture(model, latent, inversion, image, vae)
         where, empty = None, ""
         if saliency is not None:
@@ -229,7 +236,7 @@ class SpinEmbedding(io.ComfyNode):
             # What ended the run goes on from here.
             attempt("Saving what was learnt", lambda: keep(learned, name + CANCELLED, False), "")
 
-        task = Task(model, prompt, picture, where, settings, checkpointing, broken_off)
+        task = LearningTask(model, prompt, picture, where, settings, checkpointing, broken_off)
         learned = learn_embedding(task)
         tell(learned)
         taken = free_name(name, _folders()) != name
@@ -287,7 +294,7 @@ def _picture(model: Any, latent: dict | None, inversion: Inversion | None, image
 
 def _with_subject(picture: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor, str]:
     """Pictures and masks without those whose mask is empty, and a line that names them."""
-    there = saliency.flatten(1).sum(dim=1) >= LEAST_PLACES
+    there = saliency.flatten(1).sum(dim=1) >= LEAST_PIXELS
     if len(there) != len(picture) or there.all() or not there.any():
         return picture, saliency, ""
     said = f"left out, their masks being empty: {numbers(~there)} of {len(there)} pictures"

@@ -103,8 +103,8 @@ def _files() -> list[str]:
     does.
     """
     found = []
-    places = ((folder_paths.get_input_directory(), "", ""), (folder_paths.get_output_directory(), FOLDER, " [output]"))
-    for base, sub, mark in places:
+    folders = ((folder_paths.get_input_directory(), "", ""), (folder_paths.get_output_directory(), FOLDER, " [output]"))
+    for base, sub, mark in folders:
         found += sorted(f"{Path(sub, file).as_posix()}{mark}" for file in _LISTING.below(Path(base, sub)))
     return found
 

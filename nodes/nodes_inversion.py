@@ -5,7 +5,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..host.invert import Task, invert_ddim, invert_ddpm
+from ..host.invert import InversionTask, invert_ddim, invert_ddpm
 from ..host.replay_sampler import ReplayNoise, ReplaySampler, check_skip
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
@@ -79,8 +79,8 @@ def _inversion_output() -> Any:
     )
 
 
-def _task(model, positive, negative, latent, steps, scheduler, cfg, seed) -> Task:
-    return Task(model, positive, negative, latent["samples"], steps, scheduler, cfg, seed)
+def _task(model, positive, negative, latent, steps, scheduler, cfg, seed) -> InversionTask:
+    return InversionTask(model, positive, negative, latent["samples"], steps, scheduler, cfg, seed)
 
 
 class DDPMInversion(io.ComfyNode):

@@ -102,7 +102,7 @@ class MapFromMasks(io.ComfyNode):
                         "gaps",
                         options=list(GAPS),
                         default=GAPS[0],
-                        tooltip="What becomes of places without a mask: a region of their own (number 0), or "
+                        tooltip="What becomes of positions without a mask: a region of their own (number 0), or "
                         "part of the "
                         "nearest. auto: a region when they are more than 5% of a picture.",
                     )

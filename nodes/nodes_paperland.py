@@ -44,7 +44,8 @@ class LoadPaperland(io.ComfyNode):
                     tooltip="The caption encoder: for CLIP Text Encode or Encode Paperland Caption.",
                 ),
                 io.Vae.Output(
-                    display_name="vae", tooltip="Exact pixels to latents and back: one latent place holds 4x4 pixels."
+                    display_name="vae",
+                    tooltip="Exact pixels to latents and back: one latent position holds 4x4 pixels.",
                 ),
             ],
         )
@@ -273,7 +274,7 @@ class EmptyLatent(io.ComfyNode):
             display_name="Empty Paperland Latent (Semantic Style)",
             category=CATEGORY,
             description="An empty latent of the Paperland model's shape, to sample pictures from captions. (Empty "
-            "Latent Image counts 8 pixels to a place; this model has 4.)",
+            "Latent Image counts 8 pixels to a position; this model has 4.)",
             inputs=[
                 io.Int.Input("width", default=scenes.SIZE, **SIDES, tooltip="Pixels; the model was trained on 128."),
                 io.Int.Input("height", default=scenes.SIZE, **SIDES, tooltip="Pixels; the model was trained on 128."),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from comfy_api.latest import io, ui
 
-from ..host.find_subject import LOOKS, SIGMA, Request, find_subjects, pixel_size
+from ..host.find_subject import LOOKS, SIGMA, SubjectRequest, find_subjects, pixel_size
 from ..host.models import identify, why_unchecked
 from ..pictures.overlay import overlay_subject
 from ..regions.crops import encoded_size, in_picture
@@ -57,14 +57,14 @@ class FindSubject(io.ComfyNode):
                     max=0.95,
                     step=0.05,
                     round=0.001,
-                    tooltip="How alike two places must be to count as one thing. Higher makes the subject smaller and "
-                    "purer; lower takes in more of what it consists of.",
+                    tooltip="How alike two positions must be to count as one thing. Higher makes the subject "
+                    "smaller and purer; lower takes in more of what it consists of.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
                     default=MODES[0],
-                    tooltip="hard: white or black. soft: grey where it is less clear whether a place belongs to the "
+                    tooltip="hard: white or black. soft: grey where it is less clear whether a position belongs to the "
                     "subject.",
                 ),
                 io.Int.Input(
@@ -156,7 +156,9 @@ class FindSubject(io.ComfyNode):
         reference = inversion if latent is None else latent["samples"]
         assert reference is not None
         _check_image(image, reference)
-        subjects = find_subjects(Request(model, reference, prompt, sigma, looks, seed, threshold, allow_other_model))
+        subjects = find_subjects(
+            SubjectRequest(model, reference, prompt, sigma, looks, seed, threshold, allow_other_model)
+        )
         size = pixel_size(model, reference) if image is None else tuple(image.shape[1:3])
         found = [one if isinstance(one, str) else _pixels(one, mode, size, grow) for one in subjects]
         _check_any(found)
@@ -183,7 +185,8 @@ def _check_image(image: torch.Tensor | None, reference) -> None:
     (h, w), (latent_h, latent_w) = image.shape[1:3], clean.shape[-2:]
     if abs(h * latent_w / (w * latent_h) - 1) > 0.1:
         raise ValueError(
-            f"the image is {w}x{h} but the reference {latent_w}x{latent_h} places: they do not show the same; connect "
+            f"the image is {w}x{h} but the reference {latent_w}x{latent_h} positions: they do not show the "
+            f"same; connect "
             "the picture that was encoded"
         )
 
@@ -198,10 +201,10 @@ class _Found:
 
 def _pixels(subject: Saliency, mode: str, size: tuple[int, int], grow: int) -> _Found | str:
     """The mask of a picture of this size; why there is none where nothing is left of it."""
-    places = subject.hard.float() if mode == "hard" else subject.soft
-    # A picture is encoded without what its sides have beyond whole places.
-    part = encoded_size(size, (places.shape[0], places.shape[1]))
-    mask = in_picture(F.interpolate(places[None, None], size=part, mode="bilinear")[0], size)[None]
+    positions = subject.hard.float() if mode == "hard" else subject.soft
+    # A picture is encoded without what its sides have beyond whole positions.
+    part = encoded_size(size, (positions.shape[0], positions.shape[1]))
+    mask = in_picture(F.interpolate(positions[None, None], size=part, mode="bilinear")[0], size)[None]
     if mode == "hard":
         mask = (mask > 0.5).float()
     mask = grown(mask[0], grow)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..attention.scsa_attention import Settings
+from ..attention.scsa_attention import ScsaSettings
 from ..attention.scsa_patch import uses_map_pictures
 from ..host.apply_scsa import Patch, Pictures, apply_scsa
 from ..host.invert_map_pictures import invert_map_pictures
@@ -16,7 +16,7 @@ from .types import Inversion as InversionSocket
 from .types import SemanticMap as SemanticMapSocket
 
 CATEGORY = "semantic_style/scsa"
-PUBLISHED = Settings()
+PUBLISHED = ScsaSettings()
 
 
 def parse_blocks(text: str) -> tuple[int, ...] | None:
@@ -66,7 +66,7 @@ class ApplySCSA(io.ComfyNode):
                     "temperature",
                     PUBLISHED.temperature,
                     10.0,
-                    "Higher: a place takes from few places of the style and keeps their texture. Lower: from many, "
+                    "Higher: a token takes from few tokens of the style and keeps their texture. Lower: from many, "
                     "and gets their average.",
                     least=0.05,
                 ),
@@ -81,7 +81,7 @@ class ApplySCSA(io.ComfyNode):
                     "t2",
                     PUBLISHED.t2,
                     2.0,
-                    "Weight of the sparse part, which copies the one best place of the style: texture. 0 leaves it "
+                    "Weight of the sparse part, which copies the one best token of the style: texture. 0 leaves it "
                     "out. t1 and t2 together should be about 1.",
                 ),
                 _number(
@@ -159,7 +159,7 @@ class ApplySCSA(io.ComfyNode):
         patch = Patch(
             Pictures(content, style, content_map, style_map),
             semantic_map,
-            Settings(temperature, t1, t2, a1, a2),
+            ScsaSettings(temperature, t1, t2, a1, a2),
             parse_blocks(blocks),
             start_percent,
             end_percent,

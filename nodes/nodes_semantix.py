@@ -69,17 +69,17 @@ def _weight_inputs() -> list[Any]:
         weight(
             "style_weight",
             FOR_IMAGES.style,
-            "How strongly every place is drawn to the look of its match in the reference. 0 switches it off.",
+            "How strongly every position is drawn to the look of its match in the reference. 0 switches it off.",
         ),
         weight(
             "spatial_weight",
             FOR_IMAGES.spatial,
-            "How strongly every place keeps the context's shapes. 0 switches it off.",
+            "How strongly every position keeps the context's shapes. 0 switches it off.",
         ),
         weight(
             "semantic_weight",
             FOR_IMAGES.semantic,
-            "How strongly every place keeps standing for the same words of the prompt. 0 switches it off.",
+            "How strongly every position keeps standing for the same words of the prompt. 0 switches it off.",
         ),
         weight(
             "position_weight",
@@ -103,7 +103,7 @@ def _map_input() -> Any:
     return SemanticMapSocket.Input(
         "semantic_map",
         optional=True,
-        tooltip="Places look for their match in the same region only. Content: the context; style: the reference.",
+        tooltip="Positions look for their match in the same region only. Content: the context; style: the reference.",
     )
 
 
@@ -163,7 +163,7 @@ class SemantixEnergy(io.ComfyNode):
             node_id="SemanticStyleSemantixEnergy",
             display_name="Semantix Energy (Semantic Style)",
             category=CATEGORY,
-            description="What Semantix pulls a picture towards: each place to the look of its semantic match in the "
+            description="What Semantix pulls a picture towards: each position to the look of its semantic match in the "
             "reference, without leaving the context's shapes and meaning. For the Energy Guider.",
             search_aliases=["style transfer", "guidance", "semantix"],
             inputs=[

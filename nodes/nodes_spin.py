@@ -29,7 +29,7 @@ class ApplySpin(io.ComfyNode):
             search_aliases=["insert object", "regional prompt", "attention couple", "semantic painting", "spin"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model. LoRAs and IPAdapter are fine."),
-                # In the place of the output that it goes on to: that is what a bypassed node hands on.
+                # In the position of the output that it goes on to: that is what a bypassed node hands on.
                 io.Conditioning.Input(
                     "background", tooltip="The background's prompt. It goes on to the sampler's positive as it is."
                 ),

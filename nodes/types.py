@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 # samplers.inversion.Inversion
 Inversion = io.Custom("INVERSION")
-# Integer tensor [B, H, W]: the region of every place.
+# Integer tensor [B, H, W]: the region of every position.
 LabelMap = io.Custom("LABEL_MAP")
 # attention.regions.SemanticMap
 SemanticMap = io.Custom("SEMANTIC_MAP")

@@ -27,7 +27,7 @@ VALIDATION_SIGMAS = (0.1, 0.4, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     out: Path
     steps: int
     batch: int
@@ -56,7 +56,7 @@ def thin(caption: str, rng: random.Random) -> str:
     return ", ".join(phrases)
 
 
-def batch_of(step: int, settings: Settings) -> tuple[Tensor, list[str], Tensor, Tensor]:
+def batch_of(step: int, settings: TrainingSettings) -> tuple[Tensor, list[str], Tensor, Tensor]:
     """Clean latents [B, 48, 32, 32], captions, timesteps [B] and noise of one step."""
     g = scenes.seeded(settings.seed * 1_000_003 + step, settings.device)
     drawn = scenes.draw(scenes.sample_layouts(settings.batch, g), scenes.sample_styles(settings.batch, g))
@@ -71,7 +71,7 @@ def batch_of(step: int, settings: Settings) -> tuple[Tensor, list[str], Tensor, 
     return clean, [thin(c, rng) for c in drawn.captions], timesteps, noise
 
 
-def loss_of(model: Paperland, step: int, settings: Settings) -> Tensor:
+def loss_of(model: Paperland, step: int, settings: TrainingSettings) -> Tensor:
     """Weighted error of the predicted v. The weight sigma^2 / (sigma^2 + c^2) takes from the lowest levels, where v
     is little but
     the noise itself: c = 0 is the plain v loss, c = 1 the loss of the denoised picture."""
@@ -85,7 +85,7 @@ def loss_of(model: Paperland, step: int, settings: Settings) -> Tensor:
     return (weight * error).mean()
 
 
-def learning_rate(step: int, settings: Settings) -> float:
+def learning_rate(step: int, settings: TrainingSettings) -> float:
     rise = min(1.0, (step + 1) / max(1, settings.warmup))
     fall = min(1.0, (settings.steps - step) / max(1, settings.cooldown))
     return settings.lr * rise * fall
@@ -138,7 +138,7 @@ def write_sheet(model: Paperland, path: Path, count: int = 8) -> None:
     Image.fromarray((rows * 255).round().byte().numpy()).save(path)
 
 
-def train(settings: Settings) -> None:
+def train(settings: TrainingSettings) -> None:
     """Run or resume a training; the state, the log, the sheets and the checkpoint are written into `settings.out`."""
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--sheet-every", type=int, default=500)
-    train(Settings(**vars(parser.parse_args())))
+    train(TrainingSettings(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..regions.masks import grow
 
-# Colour difference (0..1) from frame to frame up to which a place counts as standing still: compressed video's noise.
+# Colour difference (0..1) from frame to frame up to which a pixel counts as standing still: compressed video's noise.
 STILL = 4 / 255
-MARGIN = 3  # pixels around what moves: edges are antialiased, and latent places of 8 pixels blur them
+MARGIN = 3  # pixels around what moves: edges are antialiased, and latent pixels of 8 pixels blur them
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Flicker:
 
     Attributes:
         out, context: of the two clips. excess: out - context, what the restyling added.
-        share: of all places and pairs of frames, how much was measured.
+        share: of all pixels and pairs of frames, how much was measured.
     """
 
     out: float
@@ -34,7 +34,7 @@ class Flicker:
 
     def __str__(self) -> str:
         figures = f"flicker {self.out:.4f}, context {self.context:.4f}, excess {self.excess:+.4f}"
-        return f"{figures} on {self.share:.0%} of places"
+        return f"{figures} on {self.share:.0%} of pixels"
 
 
 def flicker(
@@ -64,7 +64,7 @@ def flicker(
     standing = ~moving(context, labels, still, margin)
     if not standing.any():
         raise ValueError(
-            f"flicker: the context moves everywhere, there is no place to measure on; raise `still` above {still:g} "
+            f"flicker: the context moves everywhere, there is no pixel to measure on; raise `still` above {still:g} "
             f"for a noisy video, or lower `margin` (now {margin})"
         )
     ours, theirs = (_change(clip)[standing].cpu().double().mean().item() for clip in (out, context))

@@ -98,7 +98,7 @@ def _borders(rank: Tensor) -> Tensor:
 
 
 def _middle(inside: Tensor) -> tuple[float, float]:
-    """A place far inside a region: what is left when its border is taken away again and again."""
+    """A pixel far inside a region: what is left when its border is taken away again and again."""
     scale = 8
     left = interpolate(inside[None, None].float(), scale_factor=1 / scale, mode="area")[0, 0] > 0.5
     if not left.any():
@@ -109,9 +109,9 @@ def _middle(inside: Tensor) -> tuple[float, float]:
         if not smaller.any():
             break
         left = smaller
-    places = left.nonzero().float()
-    place = places[(places - places.mean(dim=0)).norm(dim=1).argmin()]
-    y, x = ((place + 0.5) * scale).tolist()
+    pixels = left.nonzero().float()
+    pixel = pixels[(pixels - pixels.mean(dim=0)).norm(dim=1).argmin()]
+    y, x = ((pixel + 0.5) * scale).tolist()
     return y, x
 
 

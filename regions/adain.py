@@ -3,7 +3,7 @@
 AdaIN: Huang and Belongie, "Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization", ICCV 2017, eq.
 8. S-AdaIN, the same per region: Shang et al., "SCSA: A Plug-and-Play Semantic Continuous-Sparse Attention for Arbitrary
 Semantic Style Transfer", CVPR 2025. Variances are biased and get `eps` inside the root on both sides, so that constant
-regions and regions of one place are well defined.
+regions and regions of one pixel are well defined.
 """
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 from .semantic_map import SemanticMap, check_labels
 
 EPS = 1e-5
-# A standard deviation of fewer places says nothing about a style; such regions take the statistics of the whole style.
-MIN_PLACES = 4
+# A standard deviation of fewer pixels says nothing about a style; such regions take the statistics of the whole style.
+MIN_TOKENS = 4
 
 
 def adain(content: Tensor, style: Tensor, eps: float = EPS, strength: float = 1.0) -> Tensor:
     """Content with the channel means and standard deviations of the style.
 
-    `(c - mu(c)) / sqrt(var(c) + eps) * sqrt(var(s) + eps) + mu(s)`, the statistics over all places of each image.
+    `(c - mu(c)) / sqrt(var(c) + eps) * sqrt(var(s) + eps) + mu(s)`, the statistics over all pixels of each image.
 
     Args:
         content: [B, C, *S], any number of space (and time) axes.
@@ -43,43 +43,43 @@ def region_adain(
     style: Tensor,
     content_labels: Tensor,
     style_labels: Tensor,
-    min_places: int = MIN_PLACES,
+    min_tokens: int = MIN_TOKENS,
     eps: float = EPS,
     strength: float = 1.0,
 ) -> Tensor:
     """S-AdaIN: every region of the content takes mean and standard deviation of the same region of the style.
 
     Content is always normalised by its own region. A region that the style lacks, or where the style has fewer than
-    `min_places` places, takes the statistics of the whole style image (our reading: the published code divides by
+    `min_tokens` pixels, takes the statistics of the whole style image (our reading: the published code divides by
     zero).
 
     Args:
         content: [B, C, H, W]; style: [B', C, H', W'], B' = B or 1.
         content_labels: integers [B or 1, H, W]; style_labels: integers [B' or 1, H', W'].
-        min_places: fewest places that a style region needs to count (at least 1).
+        min_tokens: fewest pixels that a style region needs to count (at least 1).
         eps, strength: as in `adain`.
     Returns:
         [B, C, H, W] in the content's dtype; computed in float32 at least. Finite for finite inputs.
     Raises:
-        ValueError: shapes that do not fit (resample the labels first), a strength outside 0..1, min_places below 1.
+        ValueError: shapes that do not fit (resample the labels first), a strength outside 0..1, min_tokens below 1.
     """
     _check_pair(content, style, strength)
     _check_region_shapes(content, content_labels, "content")
     _check_region_shapes(style, style_labels, "style")
-    if min_places < 1:
-        raise ValueError(f"min_places must be at least 1, got {min_places}")
+    if min_tokens < 1:
+        raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
     c, s = _flat(content), _flat(style)
     b = len(content)
     regions = torch.unique(content_labels).to(content.device)
     inside_c = _membership(content_labels.to(content.device), regions, b, c.dtype)
     inside_s = _membership(style_labels.to(content.device), regions, len(style), c.dtype)
     mean_c, var_c, _ = _region_moments(c, inside_c)
-    mean_s, var_s, places = _region_moments(s, inside_s)
+    mean_s, var_s, pixels = _region_moments(s, inside_s)
     mean_all, var_all = _moments(s)
-    known = (places >= min_places)[:, None, :]
+    known = (pixels >= min_tokens)[:, None, :]
     mean_s = torch.where(known, mean_s, mean_all)
     var_s = torch.where(known, var_s, var_all)
-    # The membership is one-hot, so this product picks for every place the statistics of its own region.
+    # The membership is one-hot, so this product picks for every pixel the statistics of its own region.
     own_mean, own_var, new_mean, new_var = (
         stat.expand(b, -1, -1) @ inside_c for stat in (mean_c, var_c, mean_s, var_s)
     )
@@ -122,30 +122,30 @@ def _per_frame(labels: Tensor, latent: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[B, C, *S] -> [B, C, places] in float32 at least: sums of squares overflow half precision."""
+    """[B, C, *S] -> [B, C, pixels] in float32 at least: sums of squares overflow half precision."""
     return rearrange(x, "b c ... -> b c (...)").to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over places, [B, C, 1] each."""
+    """Mean and biased variance over pixels, [B, C, 1] each."""
     mean = x.mean(dim=-1, keepdim=True)
     return mean, (x - mean).square().mean(dim=-1, keepdim=True)
 
 
 def _membership(labels: Tensor, regions: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """One-hot [B, R, places] of which place belongs to which of the R regions."""
+    """One-hot [B, R, pixels] of which pixel belongs to which of the R regions."""
     flat = rearrange(labels, "b h w -> b 1 (h w)")
     return (flat == regions[:, None]).to(dtype).expand(batch, -1, -1)
 
 
 def _region_moments(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per region [B, C, R], and how many places each has [B, R]; zeros where it has none."""
-    places = inside.sum(dim=-1)
-    members = rearrange(inside, "b r n -> b n r") / places.clamp(min=1)[:, None, :]
+    """Mean and biased variance per region [B, C, R], and how many pixels each has [B, R]; zeros where it has none."""
+    pixels = inside.sum(dim=-1)
+    members = rearrange(inside, "b r n -> b n r") / pixels.clamp(min=1)[:, None, :]
     mean = x @ members
     # Two passes: the mean of squares minus the squared mean cancels badly for noisy latents far from zero.
     centred = x - mean @ inside
-    return mean, centred.square() @ members, places
+    return mean, centred.square() @ members, pixels
 
 
 def _restyle(c: Tensor, mean_c: Tensor, var_c: Tensor, mean_s: Tensor, var_s: Tensor, eps: float) -> Tensor:
@@ -162,7 +162,7 @@ def _blend(content: Tensor, out: Tensor, strength: float) -> Tensor:
 def _check_pair(content: Tensor, style: Tensor, strength: float) -> None:
     if content.ndim < 3 or style.ndim < 3:
         raise ValueError(
-            f"AdaIN needs [B, C, ...] tensors with places, got content {list(content.shape)} and style "
+            f"AdaIN needs [B, C, ...] tensors with pixels, got content {list(content.shape)} and style "
             f"{list(style.shape)}"
         )
     if content.shape[1] != style.shape[1]:

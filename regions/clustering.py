@@ -6,8 +6,8 @@ Seeding", SODA 2007. How many regions: Rousseeuw, "Silhouettes: a graphical aid 
 cluster analysis", Journal of Computational and Applied Mathematics 20, 1987.
 
 Our own design, measured on Paperland (docs/scsa.md): features of every image lose their mean, which holds much of its
-style; coarse stages, which know what a place is, are averaged over places that look alike in the finest stage, which
-knows where things end (as in non-local means: Buades, Coll, Morel, CVPR 2005).
+style; coarse stages, which know what a position is, are averaged over positions that look alike in the finest stage,
+which knows where things end (as in non-local means: Buades, Coll, Morel, CVPR 2005).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ from .semantic_map import SemanticMap
 MIN_REGIONS, MAX_REGIONS = 2, 16
 CHOICES = range(MIN_REGIONS, 11)  # numbers of regions that are tried when none is given
 MAX_PLACES = 64 * 64  # of an image; finer features are averaged down to about that
-# How much the stages before the finest count beside it, and the place in the image.
+# How much the stages before the finest count beside it, and the position in the image.
 COARSE, POSITION = 0.5, 0.5
 COMPONENTS = 24
 ALIKE, NEAR = 8, 0.2  # exponent of the cosine, image sides
-SMALL = 0.01  # share of either image's places below which a region goes to others
-FITTED, RATED = 4096, 1024  # places that k-means and the silhouette look at
+SMALL = 0.01  # share of either image's positions below which a region goes to others
+FITTED, RATED = 4096, 1024  # positions that k-means and the silhouette look at
 RESTARTS, ITERATIONS = 4, 30
 
 
@@ -49,7 +49,7 @@ class Clustering:
         return int(max(self.regions.content.max(), self.regions.style.max())) + 1
 
     def areas(self) -> tuple[list[float], list[float]]:
-        """Share of the content's and of the style's places that each region has."""
+        """Share of the content's and of the style's positions that each region has."""
 
         def shares(labels: Tensor) -> list[float]:
             return (torch.bincount(labels.flatten(), minlength=self.count) / labels.numel()).tolist()
@@ -66,12 +66,12 @@ def check_regions(regions: int) -> None:
 
 
 def joint_vectors(stages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What is clustered, and the guide that tells which places look alike.
+    """What is clustered, and the guide that tells which positions look alike.
 
     Args:
         stages: from coarse to fine, the features [B, C, h, w] of B images.
     Returns:
-        vectors [B, C', h, w] and guide [B, C'', h, w] on the finest stage's grid (or about `MAX_PLACES` places), of
+        vectors [B, C', h, w] and guide [B, C'', h, w] on the finest stage's grid (or about `MAX_PLACES` positions), of
         mean 0 in every image.
     Raises:
         ValueError: no features, or stages that do not fit each other.
@@ -111,7 +111,7 @@ def cluster(
 ) -> Clustering:
     """Regions that content and style share.
 
-    All images are clustered as one set of places, so that a label means the same in all of them. Deterministic for a
+    All images are clustered as one set of positions, so that a label means the same in all of them. Deterministic for a
     seed (on one machine).
 
     Args:
@@ -122,7 +122,7 @@ def cluster(
         seed: of the starting points and of what is looked at.
         check: called every now and then; what it raises ends the search.
     Raises:
-        ValueError: another number of regions, negative smoothing, channels that do not agree, too few places.
+        ValueError: another number of regions, negative smoothing, channels that do not agree, too few positions.
     """
     check_regions(regions)
     if smoothing < 0:
@@ -132,11 +132,11 @@ def cluster(
             f"content and style have features of {content[0].shape[1]} and {style[0].shape[1]} channels: they must "
             "come from one model"
         )
-    places, sides = _places(content, style, check)
-    if len(places) < MAX_REGIONS:
-        raise ValueError(f"{len(places)} places are too few to find regions in: use larger images")
+    positions, sides = _places(content, style, check)
+    if len(positions) < MAX_REGIONS:
+        raise ValueError(f"{len(positions)} positions are too few to find regions in: use larger images")
     g = torch.Generator().manual_seed(seed)
-    fitted = places[torch.randperm(len(places), generator=g)[:FITTED]]
+    fitted = positions[torch.randperm(len(positions), generator=g)[:FITTED]]
     silhouettes: dict[int, float] = {}
     if regions:
         centres = kmeans(fitted, regions, g, check)
@@ -145,7 +145,7 @@ def cluster(
         rated = fitted[:RATED]
         silhouettes = {k: silhouette(rated, nearest(rated, c)) for k, c in tried.items()}
         centres = tried[max(silhouettes, key=lambda k: silhouettes[k])]
-    found = _distances(places, centres).split([side.numel() for side in sides])
+    found = _distances(positions, centres).split([side.numel() for side in sides])
     content_d, style_d = (
         rearrange(d, "(b h w) k -> b k h w", b=side.shape[0], h=side.shape[1])
         for d, side in zip(found, sides, strict=True)
@@ -156,7 +156,7 @@ def cluster(
 def _places(
     content: tuple[Tensor, Tensor], style: tuple[Tensor, Tensor], check: Callable[[], None]
 ) -> tuple[Tensor, list[Tensor]]:
-    """[N, components] of all places of both sides, and an empty label map of each side."""
+    """[N, components] of all positions of both sides, and an empty label map of each side."""
     flat = torch.cat([rearrange(vectors, "b c h w -> (b h w) c") for vectors, _ in (content, style)])
     mean = flat.mean(dim=0)
     centred = flat - mean
@@ -179,7 +179,7 @@ def _position(h: int, w: int) -> Tensor:
 
 
 def alike_averaged(values: Tensor, guide: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
-    """Every place's value becomes the mean over places near it that look alike.
+    """Every position's value becomes the mean over positions near it that look alike.
 
     Weights are `max(0, cos)^ALIKE exp(-d^2 / 2 NEAR^2)`, the cosine of the guide and d in image sides.
 
@@ -196,76 +196,76 @@ def alike_averaged(values: Tensor, guide: Tensor, check: Callable[[], None] = la
         check()
         v, looks = (rearrange(t, "c h w -> (h w) c") for t in (value, look))
         weights = (looks @ looks.T).clamp_min(0) ** ALIKE * near
-        # A place without a look, where the guide is zero, is alike itself only.
+        # A position without a look, where the guide is zero, is alike itself only.
         weights.diagonal().clamp_min_(1e-6)
         mean = weights @ v / weights.sum(dim=1, keepdim=True)
         out.append(rearrange(mean, "(h w) c -> c h w", h=h))
     return torch.stack(out)
 
 
-def kmeans(places: Tensor, k: int, generator: torch.Generator, check: Callable[[], None] = lambda: None) -> Tensor:
-    """Centres [k, C] of places [N, C]: Lloyd's iterations from k-means++ starts, the best of `RESTARTS`."""
-    best, least = places[:0], float("inf")
+def kmeans(positions: Tensor, k: int, generator: torch.Generator, check: Callable[[], None] = lambda: None) -> Tensor:
+    """Centres [k, C] of positions [N, C]: Lloyd's iterations from k-means++ starts, the best of `RESTARTS`."""
+    best, least = positions[:0], float("inf")
     for _ in range(RESTARTS):
-        centres = _start(places, k, generator)
+        centres = _start(positions, k, generator)
         for _ in range(ITERATIONS):
             check()
-            labels = nearest(places, centres)
-            members = F.one_hot(labels, k).to(places)
+            labels = nearest(positions, centres)
+            members = F.one_hot(labels, k).to(positions)
             counts = members.sum(dim=0)[:, None]
-            moved = torch.where(counts > 0, members.T @ places / counts.clamp_min(1), centres)
+            moved = torch.where(counts > 0, members.T @ positions / counts.clamp_min(1), centres)
             still = torch.equal(moved, centres)
             centres = moved
             if still:
                 break
-        loss = _distances(places, centres).amin(dim=1).sum().item()
+        loss = _distances(positions, centres).amin(dim=1).sum().item()
         if loss < least:
             best, least = centres, loss
     return best
 
 
-def _start(places: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    chosen = [int(torch.randint(len(places), (1,), generator=generator))]
-    distance = _distances(places, places[chosen])[:, 0]
+def _start(positions: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    chosen = [int(torch.randint(len(positions), (1,), generator=generator))]
+    distance = _distances(positions, positions[chosen])[:, 0]
     while len(chosen) < k:
-        # Where all places are centres already, any.
+        # Where all positions are centres already, any.
         weights = distance if distance.sum() > 0 else torch.ones_like(distance)
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        distance = torch.minimum(distance, _distances(places, places[chosen[-1:]])[:, 0])
-    return places[chosen]
+        distance = torch.minimum(distance, _distances(positions, positions[chosen[-1:]])[:, 0])
+    return positions[chosen]
 
 
-def _distances(places: Tensor, centres: Tensor) -> Tensor:
+def _distances(positions: Tensor, centres: Tensor) -> Tensor:
     """Squared distances [N, k]."""
-    square = places.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1)
-    return (square - 2 * places @ centres.T).clamp_min(0)
+    square = positions.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1)
+    return (square - 2 * positions @ centres.T).clamp_min(0)
 
 
-def nearest(places: Tensor, centres: Tensor) -> Tensor:
+def nearest(positions: Tensor, centres: Tensor) -> Tensor:
     """Index [N] of the nearest centre."""
-    return _distances(places, centres).argmin(dim=1)
+    return _distances(positions, centres).argmin(dim=1)
 
 
-def silhouette(places: Tensor, labels: Tensor) -> float:
-    """Mean over places of `(b - a) / max(a, b)`: a the mean distance to its own cluster's other places, b the least
-    mean distance to another cluster's; 0 for the only place of a cluster, -1 where there is one cluster only.
+def silhouette(positions: Tensor, labels: Tensor) -> float:
+    """Mean over positions of `(b - a) / max(a, b)`: a the mean distance to its own cluster's other positions, b the
+    least mean distance to another cluster's; 0 for the only position of a cluster, -1 where there is one cluster only.
     """
     known, labels = torch.unique(labels, return_inverse=True)
     if len(known) < 2:
         return -1.0
-    members = F.one_hot(labels, len(known)).to(places)
+    members = F.one_hot(labels, len(known)).to(positions)
     counts = members.sum(dim=0)
-    sums = torch.cdist(places, places) @ members
+    sums = torch.cdist(positions, positions) @ members
     own = sums.gather(1, labels[:, None])[:, 0] / (counts[labels] - 1).clamp_min(1)
     other = (sums / counts).masked_fill(members.bool(), torch.inf).amin(dim=1)
-    score = (other - own) / torch.maximum(own, other).clamp_min(torch.finfo(places.dtype).tiny)
+    score = (other - own) / torch.maximum(own, other).clamp_min(torch.finfo(positions.dtype).tiny)
     return torch.where(counts[labels] > 1, score, 0.0).mean().item()
 
 
 def shared_labels(content: Tensor, style: Tensor, smoothing: int) -> SemanticMap:
     """Labels from distances to the same centres, [B, k, h, w] on either side: smooth, the largest region first.
 
-    While there is a region below `SMALL` on both sides, the smallest goes: its places take the next centre.
+    While there is a region below `SMALL` on both sides, the smallest goes: its positions take the next centre.
     """
     dropped: list[int] = []
     while True:
@@ -290,10 +290,10 @@ def _labels(distances: Tensor, dropped: list[int], smoothing: int) -> Tensor:
 
 
 def smoothed(labels: Tensor, rounds: int, count: int) -> Tensor:
-    """3x3 majority filter of labels [B, h, w] below `count`, `rounds` times; a place keeps its label in a tie."""
+    """3x3 majority filter of labels [B, h, w] below `count`, `rounds` times; a position keeps its label in a tie."""
     for _ in range(rounds):
         members = F.one_hot(labels, count).movedim(-1, 1).float()
-        # Places beyond the border vote as the border does; half a vote more for what is there.
+        # Positions beyond the border vote as the border does; half a vote more for what is there.
         votes = F.avg_pool2d(F.pad(members, [1] * 4, mode="replicate"), 3, 1) * 9 + members / 2
         labels = votes.argmax(dim=1)
     return labels

@@ -2,7 +2,7 @@
 
 Our own method; that colours mark regions is the form in which the pairs of SCSA (Shang et al., CVPR 2025) come. Real
 files are not clean: borders are antialiased, JPEG adds ringing and washes colours out. Both are borders' doing, and
-borders are what is not flat. So the regions' colours are those of flat places, jointly for both pictures, and every
+borders are what is not flat. So the regions' colours are those of flat pixels, jointly for both pictures, and every
 other place goes to the nearest region. Only files that are clean, flat colours without any between them, are taken as
 they are: there colours that hardly differ (palettes of segmentation data sets, label numbers as grey) are regions too.
 """
@@ -21,17 +21,17 @@ from .semantic_map import SemanticMap
 
 # Distances of colours are Euclidean, in units of the full range of a channel.
 STEP = 1 / 255
-# A place is flat when no channel differs by more than this among it and its eight neighbours.
+# A pixel is flat when no channel differs by more than this among it and its eight neighbours.
 FLAT = 4 * STEP
 # Colours that are this close are always one.
 SAME = 10 * STEP
-# In noise a place counts as flat, and colours as one, up to this many times the change at an ordinary place.
+# In noise a pixel counts as flat, and colours as one, up to this many times the change at an ordinary pixel.
 NOISE = 2.0
 # Strong JPEG compression moves whole blocks of a region to another colour this far away, but few of its blocks.
 NOISE_REACH, NOISE_SHARE = 24 * STEP, 1 / 50
-# A place certainly belongs to a colour that is nearer than this share of the way to the next region's colour.
+# A pixel certainly belongs to a colour that is nearer than this share of the way to the next region's colour.
 SURE = 0.35
-# Colours of fewer flat places (as a share of a picture) are not looked at: they are chance.
+# Colours of fewer flat pixels (as a share of a picture) are not looked at: they are chance.
 LEAST_FLAT = 5e-4
 BINS = 32
 # More colours are no colour-coded map; the most frequent ones are looked at.
@@ -42,9 +42,9 @@ MOST_DRAWN, BYTE = 256, 1e-3
 BETWEEN = 1.5 * STEP
 # Of larger pictures that are not clean fewer pixels are looked at: their borders are not that certain.
 MOST_PIXELS = 1 << 20
-# Places that are labelled at a time, between two questions whether to go on.
+# Pixels that are labelled at a time, between two questions whether to go on.
 AT_A_TIME = 1 << 18
-# Borders are this many times two places wide on each side; further off the nearest region counts, whatever its colour.
+# Borders are this many times two pixels wide on each side; further off the nearest region counts, whatever its colour.
 ROUNDS = 2
 
 
@@ -61,7 +61,7 @@ class ColorRegions:
 
 @dataclass(frozen=True, eq=False)
 class _Colors:
-    """Colours [K, 3] with their shares [2, K] of the flat places of content and style."""
+    """Colours [K, 3] with their shares [2, K] of the flat pixels of content and style."""
 
     values: Tensor
     shares: Tensor
@@ -137,7 +137,7 @@ def _check_picture(picture: Tensor, name: str) -> None:
     if not picture.is_floating_point():
         raise ValueError(f"the {name} colours must be floats in 0..1, got {picture.dtype}; divide bytes by 255")
     if not torch.isfinite(picture).all():
-        raise ValueError(f"the {name} colours have places that are not finite numbers")
+        raise ValueError(f"the {name} colours have pixels that are not finite numbers")
 
 
 def _step(picture: Tensor) -> int:
@@ -151,7 +151,7 @@ def _enlarged(labels: Tensor, step: int, size: tuple[int, int]) -> Tensor:
 
 
 def _change(picture: Tensor) -> Tensor:
-    """The largest difference of any channel among a place and its eight neighbours, [B, H, W]."""
+    """The largest difference of any channel among a pixel and its eight neighbours, [B, H, W]."""
     x = pad(picture.movedim(-1, 1), (1, 1, 1, 1), mode="replicate")
     return (_highest_of_nine(x) + _highest_of_nine(-x)).amax(dim=1)
 
@@ -163,7 +163,7 @@ def _highest_of_nine(x: Tensor) -> Tensor:
 
 
 def _smooth(picture: Tensor) -> Tensor:
-    """Means of 5x5 places."""
+    """Means of 5x5 pixels."""
     x = pad(picture.movedim(-1, 1), (2, 2, 2, 2), mode="replicate")
     return avg_pool2d(x, 5, 1).movedim(1, -1)
 
@@ -219,7 +219,7 @@ def _any_between(thin: Tensor, areas: Tensor) -> bool:
 
 
 def _flat_colors(pictures: list[Tensor], check: Callable[[], None]) -> _Colors:
-    """Every colour that flat places of either picture gather around, the most frequent first."""
+    """Every colour that flat pixels of either picture gather around, the most frequent first."""
     changes = [_change(picture) for picture in pictures]
     noise = NOISE * max(change.median().item() for change in changes)
     check()
@@ -245,7 +245,7 @@ def _flat_colors(pictures: list[Tensor], check: Callable[[], None]) -> _Colors:
 
 
 def _peaks(cells: Tensor, shares: Tensor, radius: float, check: Callable[[], None]) -> _Colors:
-    """Colours of cells [K, 3], with their shares [2, K], gathered around those that have most places."""
+    """Colours of cells [K, 3], with their shares [2, K], gathered around those that have most pixels."""
     mass, left = shares.sum(dim=0), torch.ones(len(cells), dtype=torch.bool, device=cells.device)
     values, parts = [], []
     while left.any():
@@ -286,7 +286,7 @@ def _joined(colors: _Colors, number: int) -> _Colors:
 
 
 def _nearest(picture: Tensor, colors: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
-    """How far the nearest of the colours [K, 3] is from every place's, and which it is, [B, H, W] each."""
+    """How far the nearest of the colours [K, 3] is from every pixel's, and which it is, [B, H, W] each."""
     tree, found = cKDTree(colors.cpu().numpy()), []
     for part in picture.flatten(0, 2).split(AT_A_TIME):
         check()
@@ -296,7 +296,7 @@ def _nearest(picture: Tensor, colors: Tensor, check: Callable[[], None]) -> tupl
 
 
 def _label(picture: Tensor, colors: Tensor, check: Callable[[], None]) -> Tensor:
-    """Which of the colours [K, 3] every place has, [B, H, W]."""
+    """Which of the colours [K, 3] every pixel has, [B, H, W]."""
     between = torch.cdist(colors, colors).fill_diagonal_(torch.inf).amin(dim=1)
     nearest, labels = _nearest(picture, colors, check)
     sure = nearest <= SURE * between[labels]
@@ -313,7 +313,7 @@ def _label(picture: Tensor, colors: Tensor, check: Callable[[], None]) -> Tensor
 def _ask_neighbours(
     picture: Tensor, labels: Tensor, known: Tensor, colors: Tensor, check: Callable[[], None]
 ) -> tuple[Tensor, Tensor]:
-    """Give unknown places that of the labels within two places whose colour is most like theirs."""
+    """Give unknown pixels that of the labels within two pixels whose colour is most like theirs."""
     b, y, x = (~known).nonzero().unbind(1)
     around = pad(torch.where(known, labels, -1), (2, 2, 2, 2), value=-1)
     color = picture[b, y, x]
@@ -327,14 +327,14 @@ def _ask_neighbours(
             best, result = torch.where(nearer, distance, best), torch.where(nearer, label, result)
     labels, known = labels.clone(), known.clone()
     decided = result >= 0
-    place = b[decided], y[decided], x[decided]
-    labels[place] = result[decided]
-    known[place] = True
+    pixel = b[decided], y[decided], x[decided]
+    labels[pixel] = result[decided]
+    known[pixel] = True
     return labels, known
 
 
 def _in_an_area(labels: Tensor, sure: Tensor, check: Callable[[], None]) -> Tensor:
-    """Places within two of a 3x3 square of their label: no line between two regions, which blends into a third's
+    """Pixels within two of a 3x3 square of their label: no line between two regions, which blends into a third's
     colour, passes."""
     ids = torch.where(sure, labels, -1)
     x = pad(ids[:, None].float(), (1, 1, 1, 1), mode="replicate")

@@ -1,14 +1,14 @@
-"""What of a picture a VAE sees: it crops sides to whole places of the latent, the same on both ends.
+"""What of a picture a VAE sees: it crops sides to whole latent pixels, the same on both ends.
 
-A picture of 130x130 pixels becomes a latent of 16x16 places that stand for its middle 128x128: what belongs to the
+A picture of 130x130 pixels becomes a latent of 16x16, which stands for its middle 128x128: what belongs to the
 whole picture (an original, a mask) is cropped the same before it meets the latent or the decoded picture. Stretched it
-would be off by up to half a place.
+would be off by up to half a latent pixel.
 """
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Pixels to a place of a latent: Paperland's, Stable Diffusion's, and those of newer models.
+# Image pixels to a latent pixel: Paperland's, Stable Diffusion's, and those of newer models.
 FACTORS = (4, 8, 16, 32)
 
 

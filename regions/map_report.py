@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .adain import MIN_PLACES
+from .adain import MIN_TOKENS
 from .semantic_map import SemanticMap, resample_labels
 
 # The coarser grid of SCSA on a picture of 512 pixels in a Stable Diffusion 1 model.
@@ -41,10 +41,10 @@ def warnings(regions: SemanticMap) -> str:
             )
         elif not content:
             lines.append(f"Region {label} ({style:.1%} of the style) is not in the content: nothing takes from it.")
-        elif fewest < MIN_PLACES:
+        elif fewest < MIN_TOKENS:
             lines.append(
-                f"Region {label} is small in the style ({style:.1%}): on a grid of {w}x{h} fewer than {MIN_PLACES} "
-                "places are left, and there it takes from the whole style."
+                f"Region {label} is small in the style ({style:.1%}): on a grid of {w}x{h} fewer than {MIN_TOKENS} "
+                "pixels are left, and there it takes from the whole style."
             )
     return "\n".join(lines)
 

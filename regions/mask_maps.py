@@ -27,9 +27,9 @@ class Coverage:
     """What masks did on one picture.
 
     Attributes:
-        gaps: share of the places that no mask covers, 0..1.
-        overlaps: share of the places that several cover.
-        pairs: the masks (numbers from 1) that overlap with the share of the places where they do, largest first.
+        gaps: share of the pixels that no mask covers, 0..1.
+        overlaps: share of the pixels that several cover.
+        pairs: the masks (numbers from 1) that overlap with the share of the pixels where they do, largest first.
     """
 
     gaps: float
@@ -62,13 +62,13 @@ def regions_from_masks(
     Args:
         content: [frames * N, H, W] in 0..1, one mask for each of N regions in each frame; style: [N, H', W'] or [frames
             * N, H', W'], in the same order. A mask may be empty on one side.
-        gaps: what becomes of places without a mask, one of `GAPS`. They are a region of their own, on both sides the
+        gaps: what becomes of pixels without a mask, one of `GAPS`. They are a region of their own, on both sides the
             same, or belong to the nearest mask; "auto" takes the first when they are more than 5% of either picture.
             A frame without any mask is region 0 in any case.
         frames: of the content; 1 for a picture.
         order: one of `ORDERS`: all frames of the first region first, or all regions of the first frame.
     Raises:
-        ValueError: tensors that are no such masks, different numbers, no mask with a place in it, an unknown `gaps` or
+        ValueError: tensors that are no such masks, different numbers, no mask with a pixel in it, an unknown `gaps` or
             `order`.
     """
     if gaps not in GAPS:
@@ -99,7 +99,7 @@ def regions_from_masks(
         if not own and not (masks > INSIDE).any():
             raise ValueError(
                 f"no mask of the {name} covers anything, so there is no nearest region: connect masks with white "
-                "places, or let gaps be a region of their own"
+                "pixels, or let gaps be a region of their own"
             )
     maps = [torch.cat([_labels(frame, own) for frame in masks]) for masks in sides]
     return MaskRegions(SemanticMap(*maps), *covered, any(bool((labels == 0).any()) for labels in maps))
@@ -117,17 +117,17 @@ def _check_masks(masks: Tensor, name: str) -> None:
         came = list(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
         raise ValueError(f"the {name} masks must be a batch [N, H, W], one mask for each region, got {came}")
     if not torch.isfinite(masks).all():
-        raise ValueError(f"the {name} masks have places that are not finite numbers")
+        raise ValueError(f"the {name} masks have pixels that are not finite numbers")
 
 
 def _coverage(masks: Tensor) -> Coverage:
     inside = rearrange((masks > INSIDE).float(), "f n h w -> n (f h w)")
-    times, places = inside.sum(dim=0), inside.shape[1]
-    both = (inside @ inside.T / places).triu(1)
+    times, pixels = inside.sum(dim=0), inside.shape[1]
+    both = (inside @ inside.T / pixels).triu(1)
     pairs = [(i + 1, j + 1, both[i, j].item()) for i, j in both.nonzero().tolist()]
     return Coverage(
-        gaps=(times == 0).sum().item() / places,
-        overlaps=(times > 1).sum().item() / places,
+        gaps=(times == 0).sum().item() / pixels,
+        overlaps=(times > 1).sum().item() / pixels,
         pairs=tuple(sorted(pairs, key=lambda pair: -pair[2])),
     )
 

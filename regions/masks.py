@@ -47,7 +47,7 @@ def as_mask(mask: Tensor, name: str = "mask", may_be_empty: bool = False) -> Ten
 
 
 def numbers(which: Tensor) -> str:
-    """The places of True in a vector as numbers from 1: "2, 5 to 7"; empty without any."""
+    """The pixels of True in a vector as numbers from 1: "2, 5 to 7"; empty without any."""
     runs: list[list[int]] = []
     for i in (which.nonzero().flatten() + 1).tolist():
         if runs and runs[-1][-1] == i - 1:
@@ -94,8 +94,8 @@ def mask_on_grid(mask: Tensor, size: tuple[int, int]) -> Tensor:
 def soften(mask: Tensor, radius: float) -> Tensor:
     """Masks that fade out towards their edge, inside only: where a mask is 0 it stays so.
 
-    A place whose distance to the nearest one outside (0) is d keeps `min(1, d / (radius + 1))` of its value; next to
-    the edge d is 1. Where a mask is nowhere that deep its deepest place keeps all of its value. The picture's border is
+    A pixel whose distance to the nearest one outside (0) is d keeps `min(1, d / (radius + 1))` of its value; next to
+    the edge d is 1. Where a mask is nowhere that deep its deepest pixel keeps all of its value. The picture's border is
     no edge.
 
     Args:
@@ -160,7 +160,7 @@ def keep_outside(image: Tensor, original: Tensor, mask: Tensor, feather: float =
 
 
 def _depth(outside: Tensor, limit: float) -> Tensor:
-    """Distance [B, H, W] of every place to the nearest outside one, 0 there, at most `limit`; in float32."""
+    """Distance [B, H, W] of every pixel to the nearest outside one, 0 there, at most `limit`; in float32."""
     depth = torch.full(outside.shape, limit)
     for one, out in zip(depth, outside.cpu(), strict=True):
         if out.any():

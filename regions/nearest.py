@@ -1,4 +1,4 @@
-"""Give places without a label that of the nearest place which has one."""
+"""Give pixels without a label that of the nearest pixel which has one."""
 
 import torch
 from scipy.ndimage import distance_transform_edt
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def fill_nearest(labels: Tensor, known: Tensor) -> Tensor:
-    """Labels of the nearest known place (Euclidean, exact) wherever none is known.
+    """Labels of the nearest known pixel (Euclidean, exact) wherever none is known.
 
     Args:
         labels: integers [B, H, W].
-        known: [B, H, W], True where a label stands; at least one place of every image.
+        known: [B, H, W], True where a label stands; at least one pixel of every image.
     Returns:
         integers [B, H, W], on the labels' device.
     """

@@ -12,7 +12,7 @@ Our reading, measured on Paperland (docs/saliency.md):
   strewn or drawn out, such as pieces of a horizon, is no subject while there is something more compact;
 * a side is taken where Otsu's threshold divides the eigenvector best (Otsu, IEEE Trans. SMC 9, 1979): its mean lies
   within the larger side where the other one is small;
-* the outermost places, where a network sees its own padding, are left out and take their neighbours' answer.
+* the outermost positions, where a network sees its own padding, are left out and take their neighbours' answer.
 """
 
 import math
@@ -26,12 +26,12 @@ from torch import Tensor
 
 THRESHOLD = 0.5  # cosines above are neighbours
 WEAK = 1e-5  # what others count, so that the graph is in one piece
-# Places of the grid on which the cut is computed: the affinity is a matrix of all pairs, and stays small.
+# Positions of the grid on which the cut is computed: the affinity is a matrix of all pairs, and stays small.
 MAX_SIDE = 32
 PADDED = 1 / 32  # of a side, on either end: where padding shows
 CUTS = 8  # at most
-COSTLY = 0.5  # eigenvalue above which a part is of one piece, 1 being that of places that are all alike
-TOUCHING = 0.5  # places on the border per square root of a part's places: up to this a part hardly touches it
+COSTLY = 0.5  # eigenvalue above which a part is of one piece, 1 being that of positions that are all alike
+TOUCHING = 0.5  # positions on the border per square root of a part's positions: up to this a part hardly touches it
 SMALLEST = 0.01  # of the picture: a smaller part is no subject, and one of twice that is not cut
 COMPACT = 0.4  # a subject at least: 1 is a disc, 0.95 a square, 0.4 a bar five times as long as wide
 STREWN, REACHES = 20.0, 100.0  # added to the touch of what is not compact, of what reaches from border to border
@@ -58,26 +58,26 @@ class Saliency:
 
     @property
     def area(self) -> float:
-        """Share of the places that belong to the subject."""
+        """Share of the positions that belong to the subject."""
         return self.hard.float().mean().item()
 
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """One side of a cut: places [N] as booleans, the eigenvector [N] with its threshold at 0 and this side above, the
-    touch of the border."""
+    """One side of a cut: positions [N] as booleans, the eigenvector [N] with its threshold at 0 and this side above,
+    the touch of the border."""
 
-    places: Tensor
+    positions: Tensor
     vector: Tensor
     touch: float
 
     @property
     def rank(self) -> tuple[float, int]:
-        return self.touch, -int(self.places.sum())
+        return self.touch, -int(self.positions.sum())
 
     def soft(self) -> Tensor:
         """See `Saliency`."""
-        subject, other = self.vector[self.places].mean(), self.vector[self.vector <= 0].mean()
+        subject, other = self.vector[self.positions].mean(), self.vector[self.vector <= 0].mean()
         return ((self.vector - other) / (subject - other)).nan_to_num(0.0).clamp(0, 1)
 
 
@@ -97,26 +97,26 @@ def find_subject(
     """The part of a picture that differs from the rest and hardly touches the border.
 
     Args:
-        features: [C, H, W] of one picture. Larger grids are averaged down to about `max_side`^2 places first.
+        features: [C, H, W] of one picture. Larger grids are averaged down to about `max_side`^2 positions first.
         threshold: of the cosines of features less their mean; higher asks for more likeness within a part.
         max_side: at least 8.
         check: called before every cut; what it raises ends the search.
     Returns:
         maps on the grid of the features, on their device.
     Raises:
-        ValueError: features that are not [C, H, W], not finite or the same everywhere, a side of fewer than 4 places,
-            a threshold outside -1..1.
+        ValueError: features that are not [C, H, W], not finite or the same everywhere, a side of fewer than 4
+            positions, a threshold outside -1..1.
     """
     check_threshold(threshold)
     if features.ndim != 3 or min(features.shape[1:]) < 4:
-        raise ValueError(f"saliency needs features [C, H, W] of 4x4 places or more, got {list(features.shape)}")
+        raise ValueError(f"saliency needs features [C, H, W] of 4x4 positions or more, got {list(features.shape)}")
     if not torch.isfinite(features).all():
         raise ValueError("the features contain NaN or infinity: try the model in float32")
     size = features.shape[1:]
     inner, margins = _inner(_reduced(features.detach().cpu().double(), max_side))
     grid = tuple(inner.shape[1:])
     side, cuts = _search(_affinity(inner, threshold), grid, check)
-    maps = torch.stack([side.places.double(), side.soft()]).unflatten(1, grid)
+    maps = torch.stack([side.positions.double(), side.soft()]).unflatten(1, grid)
     hard, soft = F.pad(maps[None], margins, mode="replicate")[0]
     contact = (hard[_border(tuple(hard.shape))] > 0).double().mean().item()
     hard = F.interpolate(hard[None, None], size=size, mode="nearest-exact")[0, 0] > 0.5
@@ -134,13 +134,13 @@ def _reduced(features: Tensor, max_side: int) -> Tensor:
 
 
 def _inner(features: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """Without the outermost places; how many were taken: left, right, top, bottom."""
+    """Without the outermost positions; how many were taken: left, right, top, bottom."""
     y, x = (round(PADDED * n) for n in features.shape[1:])
     return features[:, y : features.shape[1] - y, x : features.shape[2] - x], (x, x, y, y)
 
 
 def _affinity(features: Tensor, threshold: float) -> Tensor:
-    """W [N, N] of the places: 1 where the cosine of two exceeds the threshold, nearly 0 elsewhere."""
+    """W [N, N] of the positions: 1 where the cosine of two exceeds the threshold, nearly 0 elsewhere."""
     centred = rearrange(features - features.mean(dim=(1, 2), keepdim=True), "c h w -> (h w) c")
     if centred.abs().max() <= 1e-9 * features.abs().max():
         raise ValueError("the features are the same everywhere: there is no subject in a picture of one colour")
@@ -150,8 +150,8 @@ def _affinity(features: Tensor, threshold: float) -> Tensor:
 
 def _search(affinity: Tensor, grid: tuple[int, ...], check: Callable[[], None]) -> tuple[_Side, int]:
     """The first side that hardly touches the border, else the one that touches it least; how many cuts that took."""
-    places = len(affinity)
-    whole = torch.ones(places, dtype=torch.bool)
+    positions = len(affinity)
+    whole = torch.ones(positions, dtype=torch.bool)
     check()
     waiting = [_cut(affinity, whole, grid)]
     seen: list[_Side] = []
@@ -162,14 +162,14 @@ def _search(affinity: Tensor, grid: tuple[int, ...], check: Callable[[], None]) 
         cost, sides = waiting.pop(0)
         if seen and cost > COSTLY:
             break
-        large = sorted((s for s in sides if s.places.sum() >= SMALLEST * places), key=lambda s: s.rank)
+        large = sorted((s for s in sides if s.positions.sum() >= SMALLEST * positions), key=lambda s: s.rank)
         seen += large
         if large and large[0].touch <= TOUCHING:
             return large[0], cuts
         for side in large:
-            if side.places.sum() >= 2 * SMALLEST * places:
+            if side.positions.sum() >= 2 * SMALLEST * positions:
                 check()
-                waiting.append(_cut(affinity, side.places, grid))
+                waiting.append(_cut(affinity, side.positions, grid))
     if not seen:
         raise ValueError(
             "the picture falls into pieces too small to be a subject: choose a lower threshold or another noise level"
@@ -217,13 +217,13 @@ def _touch(part: Tensor) -> float:
 
 
 def _compactness(part: Tensor) -> float:
-    """A part's size over that of the disc whose places lie as far from their middle, in the mean square."""
-    places = part.nonzero().double()
-    if not len(places):
+    """A part's size over that of the disc whose positions lie as far from their middle, in the mean square."""
+    positions = part.nonzero().double()
+    if not len(positions):
         return 0.0
-    # A place is a square: one by itself has a sixth.
-    spread = places.var(dim=0, correction=0).sum().item() + 1 / 6
-    return len(places) / (2 * math.pi * spread)
+    # A position is a square: one by itself has a sixth.
+    spread = positions.var(dim=0, correction=0).sum().item() + 1 / 6
+    return len(positions) / (2 * math.pi * spread)
 
 
 def _border(size: tuple[int, ...]) -> Tensor:

@@ -1,6 +1,6 @@
 """Semantic maps: which region of the content image corresponds to which region of the style image.
 
-A label map gives every place an integer, equal integers in content and style mean the same kind of thing (sky, tree,
+A label map gives every pixel an integer, equal integers in content and style mean the same kind of thing (sky, tree,
 ...). Every method of the pack that restricts itself to regions (SCSA, Shang et al., CVPR 2025; Semantix, He et al.,
 ICLR 2025) works on these maps at whatever grid it needs them.
 """
@@ -14,7 +14,7 @@ from .crops import as_encoded
 
 
 def check_labels(labels: Tensor, name: str = "labels") -> None:
-    """Raise ValueError unless `labels` is an integer tensor [B, H, W] with at least one place."""
+    """Raise ValueError unless `labels` is an integer tensor [B, H, W] with at least one pixel."""
     if not isinstance(labels, Tensor):
         raise ValueError(f"{name}: expected an integer tensor [B, H, W], got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -1,6 +1,6 @@
 """The energies of Semantix (He et al., ICLR 2025) as functions of decoder features and attention maps.
 
-Each is a sum over the places of the image that is being made, one value per image; which terms are added with which
+Each is a sum over the positions of the image that is being made, one value per image; which terms are added with which
 weight is the guidance's business. Gradients flow to the image that is being made only, never to the context or the
 reference.
 
@@ -35,24 +35,24 @@ def style_feature_energy(out: Tensor, reference: Tensor, matches: Tensor) -> Ten
     Args:
         out: [B, C, h, w] features of the image that is being made.
         reference: [B or 1, C, h', w'], another resolution or aspect ratio is fine; no gradient flows to it.
-        matches: [B, h*w] integers, `m(i)` as a row-major index into the h'*w' places: what `find_matches` gives.
+        matches: [B, h*w] integers, `m(i)` as a row-major index into the h'*w' positions: what `find_matches` gives.
     Returns:
         [B], in float32 at least.
     Raises:
-        ValueError: shapes that do not fit, or matches that are no indices of the reference's places.
+        ValueError: shapes that do not fit, or matches that are no indices of the reference's positions.
     """
     check_features(out, reference, "reference")
-    places, targets = out.shape[-2:].numel(), reference.shape[-2:].numel()
-    if matches.dtype != torch.int64 or matches.shape != (len(out), places):
+    positions, targets = out.shape[-2:].numel(), reference.shape[-2:].numel()
+    if matches.dtype != torch.int64 or matches.shape != (len(out), positions):
         raise ValueError(
-            f"matches must be int64 [{len(out)}, {places}], one for every place of out {list(out.shape)}, got "
+            f"matches must be int64 [{len(out)}, {positions}], one for every position of out {list(out.shape)}, got "
             f"{matches.dtype} {list(matches.shape)}"
         )
     # An index that is out of range would take a whole CUDA context down.
     if matches.min() < 0 or matches.max() >= targets:
         raise ValueError(
             f"matches range from {int(matches.min())} to {int(matches.max())}, but the reference "
-            f"{list(reference.shape)} has {targets} places; they belong to a reference of another size"
+            f"{list(reference.shape)} has {targets} positions; they belong to a reference of another size"
         )
     f_ref = rearrange(unit(reference.detach()), "b c h w -> b c (h w)").expand(len(out), -1, -1)
     matched = f_ref.gather(2, matches[:, None].expand(-1, f_ref.shape[1], -1))
@@ -73,7 +73,8 @@ def spatial_feature_energy(out: Tensor, context: Tensor) -> Tensor:
     check_features(out, context, "context")
     if out.shape[-2:] != context.shape[-2:]:
         raise ValueError(
-            f"out {list(out.shape)} and context {list(context.shape)} are compared place by place and must have the "
+            f"out {list(out.shape)} and context {list(context.shape)} are compared position by position "
+            f"and must have the "
             "same grid; give the context the size of the image that is made"
         )
     return _distance(unit(out), unit(context.detach()))
@@ -85,7 +86,7 @@ def semantic_distance(out_map: Tensor, context_map: Tensor) -> Tensor:
     Our reading: the available text names it as a regulariser, without a formula.
 
     Args:
-        out_map: [B, P, T], share of attention that each of P places gives each of T tokens, in the image being made.
+        out_map: [B, P, T], share of attention that each of P positions gives each of T tokens, in the image being made.
         context_map: [B or 1, P, T]; no gradient flows to it.
     Returns:
         [B], in float32 at least.
@@ -117,14 +118,15 @@ def check_features(out: Tensor, other: Tensor, name: str) -> None:
 
 
 def _distance(f: Tensor, target: Tensor) -> Tensor:
-    """Sum over places of `1 - cos` of unit vectors, [B, C, ...] each -> [B]."""
+    """Sum over positions of `1 - cos` of unit vectors, [B, C, ...] each -> [B]."""
     return (f - target).square().flatten(1).sum(dim=1) / 2
 
 
 def _check_maps(out_map: Tensor, context_map: Tensor) -> None:
     if out_map.ndim != 3 or context_map.ndim != 3 or 0 in out_map.shape or 0 in context_map.shape:
         raise ValueError(
-            f"attention maps must be [B, places, tokens] with no empty axis, got out {list(out_map.shape)} and context "
+            f"attention maps must be [B, positions, tokens] with no empty axis, got out "
+            f"{list(out_map.shape)} and context "
             f"{list(context_map.shape)}"
         )
     if out_map.shape[2] != context_map.shape[2]:
@@ -139,7 +141,8 @@ def _check_maps(out_map: Tensor, context_map: Tensor) -> None:
         )
     if out_map.shape[1] != context_map.shape[1]:
         raise ValueError(
-            f"the attention map of out has {out_map.shape[1]} places and that of context {context_map.shape[1]}: give "
+            f"the attention map of out has {out_map.shape[1]} positions and that of context "
+            f"{context_map.shape[1]}: give "
             "the context the size of the image that is made"
         )
     if len(context_map) not in (1, len(out_map)):

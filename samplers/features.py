@@ -27,7 +27,7 @@ class Features:
 
     Attributes:
         stages: [R, C, h, w], what comes out of the upsampling layer, in the network's dtype.
-        maps: [R, P, T], cross-attention from places (row-major on their layers' grid, which is coarser than the
+        maps: [R, P, T], cross-attention from positions (row-major on their layers' grid, which is coarser than the
             feature's) to tokens, the mean over heads and over the stage's layers, in float32 at least; empty where they
             were not asked for or a stage has no such layers.
         grids: (height, width) of each of the maps; None where the network does not tell.
@@ -143,7 +143,7 @@ class FeatureTap:
         return h, skip
 
     def options(self, base: Options | None = None) -> Options:
-        """`transformer_options` with this tap added, before other patches of the same place; `base` is left as it
+        """`transformer_options` with this tap added, before other patches of the same position; `base` is left as it
         is.
         """
         options = dict(base or {})

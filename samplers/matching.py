@@ -29,21 +29,22 @@ def find_matches(
     periods: tuple[float, ...] = DEFAULT_PERIODS,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """The place of the reference that is most like each place of out.
+    """The position of the reference that is most like each position of out.
 
-    Never builds the places x places matrix of a large image; of several places that are equally alike the first wins,
-    so the result does not depend on the chunks.
+    Never builds the positions x positions matrix of a large image; of several positions that are equally alike the
+    first wins, so the result does not depend on the chunks.
 
     Args:
         out: [B, C, h, w] features of the image that is being made.
         reference: [B or 1, C, h', w'], another resolution or aspect ratio is fine.
         position_weight: `lambda_pe`, 0 for none.
-        regions: a place is matched within its own region; where the reference lacks it, with all places. Content maps
-            belong to out, style maps to the reference, one for all images or one for each, at any resolution.
+        regions: a position is matched within its own region; where the reference lacks it, with all positions.
+            Content maps belong to out, style maps to the reference, one for all images or one for each, at any
+            resolution.
         periods: wavelengths of the position code in image sides.
         chunk_bytes: bound of the largest temporary, as far as one row of cosines fits it.
     Returns:
-        [B, h*w] int64, row-major indices into the h'*w' places.
+        [B, h*w] int64, row-major indices into the h'*w' positions.
     Raises:
         ValueError: shapes or numbers of maps that do not fit, a weight that is negative or not finite, a chunk below 1.
     """
@@ -62,7 +63,7 @@ def find_matches(
 
 
 def _placed(f: Tensor, position_weight: float, periods: tuple[float, ...]) -> Tensor:
-    """`p = normalise(f + lambda_pe * PE)` of unit features, [B, C, h, w] -> [B, places, C]."""
+    """`p = normalise(f + lambda_pe * PE)` of unit features, [B, C, h, w] -> [B, positions, C]."""
     f = unit(f)
     if position_weight > 0:
         code = position_code(f.shape[1], (f.shape[2], f.shape[3]), periods, f.device, f.dtype)
@@ -89,16 +90,16 @@ def _match_by_region(p_out: Tensor, p_ref: Tensor, regions: SemanticMap, chunk_b
         keys = p_ref[min(b, len(p_ref) - 1)]
         here = _places_by_region(regions.content[min(b, len(regions.content) - 1)])
         there = _places_by_region(regions.style[min(b, len(regions.style) - 1)])
-        for region, places in here.items():
+        for region, positions in here.items():
             if (targets := there.get(region)) is None:
-                matches[b, places] = _nearest(queries[places], keys, chunk_bytes)
+                matches[b, positions] = _nearest(queries[positions], keys, chunk_bytes)
             else:
-                matches[b, places] = targets[_nearest(queries[places], keys[targets], chunk_bytes)]
+                matches[b, positions] = targets[_nearest(queries[positions], keys[targets], chunk_bytes)]
     return matches
 
 
 def _places_by_region(labels: Tensor) -> dict[int, Tensor]:
-    """Row-major indices, rising, of the places of each region of a map [h, w]."""
+    """Row-major indices, rising, of the positions of each region of a map [h, w]."""
     found, order = labels.flatten().sort(stable=True)
     regions, counts = torch.unique_consecutive(found, return_counts=True)
     return dict(zip(regions.tolist(), order.split(counts.tolist()), strict=True))

@@ -2,7 +2,7 @@
 
 The published text gives sine/cosine codes and a weight, no frequencies; those decide whether a match is semantic or
 merely positional. With the frequencies usual in transformers (Vaswani et al. 2017: any short wavelength) the weight 1
-already picks the same place. Ours are long waves, measured in image sides, chosen by label transfer between scenes:
+already picks the same position. Ours are long waves, measured in image sides, chosen by label transfer between scenes:
 benchmarks/position_code.py, results in docs/position_code.md.
 """
 
@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-# In image sides: long enough that the code of two places is the less alike the farther they are apart, anywhere in the
-# image.
+# In image sides: long enough that the code of two positions is the less alike the farther they are apart, anywhere in
+# the image.
 DEFAULT_PERIODS = (3.0,)
 
 
@@ -23,12 +23,12 @@ def position_code(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Unit-norm 2-D sine/cosine code of every place of a grid.
+    """Unit-norm 2-D sine/cosine code of every position of a grid.
 
-    Coordinates are the centres of the places, from 0 to 1 along each side whatever the resolution and the aspect ratio.
-    Every period gives four channels (sine and cosine of x and of y), all of them repeated over as many channels as they
-    fill; channels that are left over are zero. So the cosine of two places' codes is, for any number of channels,
-    `mean over periods T of (cos(2 pi dx/T) + cos(2 pi dy/T)) / 2`.
+    Coordinates are the centres of the positions, from 0 to 1 along each side whatever the resolution and the aspect
+    ratio. Every period gives four channels (sine and cosine of x and of y), all of them repeated over as many
+    channels as they fill; channels that are left over are zero. So the cosine of two positions' codes is, for any
+    number of channels, `mean over periods T of (cos(2 pi dx/T) + cos(2 pi dy/T)) / 2`.
 
     Args:
         channels: at least 4 for each period.
@@ -63,4 +63,4 @@ def _check(channels: int, size: tuple[int, int], periods: tuple[float, ...]) -> 
             "give fewer periods"
         )
     if min(size) < 1:
-        raise ValueError(f"a position code needs a grid with at least one place, got {size[0]}x{size[1]}")
+        raise ValueError(f"a position code needs a grid with at least one position, got {size[0]}x{size[1]}")

@@ -6,11 +6,11 @@ For each feature stage, with M the mask on the stage's grid:
     E = sum(M) * mean over channels of ((mu_in - mu_bg)^2 + (sd_in - sd_bg)^2) / sd_bg^2,
 
 `in` inside M of the picture being made, `bg` outside M of the background at the same noise level; the mean over stages.
-Means and standard deviations are weighted by how much of a place lies inside (or outside).
+Means and standard deviations are weighted by how much of a position lies inside (or outside).
 
-Our reading: the published text names style guidance without this formula. The factor `sum(M)`, the places inside,
-makes it a sum over places as Semantix's energies are, so that weights of both mean the same: what a place is pushed by
-depends neither on the mask's size nor on the picture's.
+Our reading: the published text names style guidance without this formula. The factor `sum(M)`, the positions inside,
+makes it a sum over positions as Semantix's energies are, so that weights of both mean the same: what a position is
+pushed by depends neither on the mask's size nor on the picture's.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..attention.layers import STAGES
-from ..regions.adain import EPS, MIN_PLACES
+from ..regions.adain import EPS, MIN_TOKENS
 from ..regions.masks import as_mask, check_outside, mask_on_grid
 from .features import Features
 from .terms import Frames, Resampled, Term
@@ -69,22 +69,22 @@ class SpinStyleTerm(Term):
         there = mask_on_grid(self.mask, grid)
         inside = there[there.flatten(1).any(dim=1)].sum(dim=(1, 2))
         outside = grid[0] * grid[1] - inside
-        if (few := float(inside.min())) < MIN_PLACES or float(outside.min()) < MIN_PLACES:
-            which = f"inside covers {few:.1f}" if few < MIN_PLACES else f"outside has {float(outside.min()):.1f}"
+        if (few := float(inside.min())) < MIN_TOKENS or float(outside.min()) < MIN_TOKENS:
+            which = f"inside covers {few:.1f}" if few < MIN_TOKENS else f"outside has {float(outside.min()):.1f}"
             raise ValueError(
                 f"the {self.name} term compares means and standard deviations, but the mask's {which} of "
-                f"{grid[0]}x{grid[1]} places at the features' coarse stage, at least {MIN_PLACES} are needed: "
-                f"{'enlarge' if few < MIN_PLACES else 'shrink'} the mask, or leave this energy out"
+                f"{grid[0]}x{grid[1]} positions at the features' coarse stage, at least {MIN_TOKENS} are needed: "
+                f"{'enlarge' if few < MIN_TOKENS else 'shrink'} the mask, or leave this energy out"
             )
 
     def value(self, out: Features, other: Features, frames: Frames, resampled: Resampled) -> Tensor:
         energies = []
         for f, background in zip(out.stages, other.on_grids_of(out).stages, strict=True):
             mask = self._on_grid(f, frames, resampled)
-            places = mask.sum(dim=(1, 2))
+            positions = mask.sum(dim=(1, 2))
             # Where nothing is inside any mask will do: it counts for nothing.
-            some = torch.where(places[:, None, None] > 0, mask, 0.5)
-            energies.append(style_distance(f, background, some) * places)
+            some = torch.where(positions[:, None, None] > 0, mask, 0.5)
+            energies.append(style_distance(f, background, some) * positions)
         return torch.stack(energies).mean(dim=0)
 
     def _on_grid(self, f: Tensor, frames: Frames, resampled: Resampled) -> Tensor:
@@ -118,7 +118,11 @@ def style_distance(out: Tensor, background: Tensor, mask: Tensor, eps: float = E
 
 
 def _moments(f: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over places, [B, C] each, of features [B, C, h, w] under weights [B or 1, 1, h, w]."""
+    """Mean and biased variance over positions, [B, C] each.
+
+    Args:
+        f: features [B, C, h, w]. weight: [B or 1, 1, h, w].
+    """
     total = weight.sum(dim=(2, 3))
     mean = (weight * f).sum(dim=(2, 3)) / total
     variance = (weight * (f - mean[..., None, None]).square()).sum(dim=(2, 3)) / total

@@ -95,7 +95,7 @@ def check_schedule(sigmas: Tensor, path: str = VE) -> None:
 
 
 def check_latent(clean: Tensor) -> None:
-    """Raise ValueError unless `clean` is a finite floating-point tensor [B, C, *S] with at least one place."""
+    """Raise ValueError unless `clean` is a finite floating-point tensor [B, C, *S] with at least one position."""
     if not clean.is_floating_point() or clean.ndim < 3 or 0 in clean.shape:
         raise ValueError(
             f"a latent must be a floating-point tensor [B, C, ...] with no empty axis, got {clean.dtype} "

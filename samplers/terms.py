@@ -106,7 +106,7 @@ class Term(ABC):
 
 @dataclass(frozen=True, eq=False)
 class StyleTerm(Term):
-    """`F_ref`: every place takes the features of its semantic match in the reference.
+    """`F_ref`: every position takes the features of its semantic match in the reference.
 
     Attributes:
         position_weight: lambda of the position code in the match.
@@ -153,7 +153,7 @@ class StyleTerm(Term):
 
 @dataclass(frozen=True, eq=False)
 class SpatialTerm(Term):
-    """`F_c`: every place keeps the context's features."""
+    """`F_c`: every position keeps the context's features."""
 
     name: ClassVar[str] = "spatial"
 
@@ -167,7 +167,7 @@ class SpatialTerm(Term):
 
 @dataclass(frozen=True, eq=False)
 class SemanticTerm(Term):
-    """`F_reg`: every place keeps attending to the words that the context's attends to."""
+    """`F_reg`: every position keeps attending to the words that the context's attends to."""
 
     name: ClassVar[str] = "semantic"
     needs_maps: ClassVar[bool] = True
@@ -184,7 +184,8 @@ def _check_same_size(term: Term, shape: tuple[int, ...]) -> None:
     theirs = tuple(term.stream.inversion.clean.shape)
     if theirs[2:] != tuple(shape[2:]):
         raise ValueError(
-            f"the {term.name} term compares place by place: its context's latent is {list(theirs)}, the one being made "
+            f"the {term.name} term compares position by position: its context's latent is {list(theirs)}, "
+            f"the one being made "
             f"{list(shape)}; both must have the same size. Use the LATENT of the context's Replay node, or invert the "
             "context again at the size that you want"
         )

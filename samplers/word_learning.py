@@ -30,12 +30,12 @@ PUBLISHED_STEPS, PUBLISHED_RATE, WEIGHT_DECAY = 200, 5e-4, 0.01
 JUDGED_LEVELS, SHOWN = 4, 2
 # How much the gradient is scaled down after an overflow, and how often.
 BACK_OFF, TRIES = 16.0, 6
-LEAST_PLACES = 1.0
+LEAST_PIXELS = 1.0
 MOST_SKIPPED = 0.95
 
 
 @dataclass(frozen=True)
-class Settings:
+class LearningSettings:
     """How to learn.
 
     Attributes:
@@ -116,7 +116,7 @@ def learn(
     clean: Tensor,
     saliency: Tensor,
     levels: Tensor,
-    settings: Settings | None = None,
+    settings: LearningSettings | None = None,
     callback: Callback | None = None,
 ) -> Learned:
     """Learn a pseudo-word's vectors; everything else stays as it is.
@@ -126,7 +126,7 @@ def learn(
         encode: the prompt around the pseudo-word.
         start: first vectors of each text encoder [n, width], for example a class word's.
         clean: [B, C, *S] pictures of the subject in the model's coordinates; steps take them in turn.
-        saliency: [1 or B, h, w] in 0..1, the weight of every place; ones for the whole picture.
+        saliency: [1 or B, h, w] in 0..1, the weight of every position; ones for the whole picture.
         levels: [T] sigma of every training timestep, rising.
         callback: see `steps.Callback`; besides, "loss" of the step and "learned", a `Learned` so far, which outlives a
             run that is broken off. "denoised" [1, C, *S] is the fixed set's picture when it was judged last.
@@ -136,7 +136,7 @@ def learn(
         ValueError: unusable pictures, saliency, levels or vectors, or a prompt without the pseudo-word.
         FloatingPointError: a loss or gradient that is not finite.
     """
-    settings = settings or Settings()
+    settings = settings or LearningSettings()
     check_latent(clean)
     check_saliency(saliency, clean)
     _check_levels(levels)
@@ -145,7 +145,7 @@ def learn(
     with torch.inference_mode(False), torch.enable_grad():
         clean = clean.detach().clone().to(working_dtype(clean))
         levels = levels[int(settings.skip_clean * len(levels)) :]
-        run = _Run(predict, encode, start, _Pictures(clean, saliency.to(clean), levels.to(clean)), settings)
+        run = _LearningRun(predict, encode, start, _Pictures(clean, saliency.to(clean), levels.to(clean)), settings)
         run.judge()
         for step in range(settings.steps):
             x, sigma = run.step()
@@ -158,9 +158,9 @@ def learn(
 
 
 def check_saliency(saliency: Tensor, clean: Tensor) -> None:
-    """Raise ValueError unless `saliency` [1 or B, h, w] can weigh the places of `clean` [B, C, *S]."""
+    """Raise ValueError unless `saliency` [1 or B, h, w] can weigh the positions of `clean` [B, C, *S]."""
     if clean.ndim < 4:
-        raise ValueError(f"pictures must have two axes of places, [B, C, ..., h, w]; got {list(clean.shape)}")
+        raise ValueError(f"pictures must have two axes of positions, [B, C, ..., h, w]; got {list(clean.shape)}")
     if saliency.ndim != 3 or saliency.shape[1:] != clean.shape[-2:] or len(saliency) not in (1, len(clean)):
         raise ValueError(
             f"saliency {list(saliency.shape)} does not fit pictures {list(clean.shape)}: it needs the grid "
@@ -169,9 +169,10 @@ def check_saliency(saliency: Tensor, clean: Tensor) -> None:
     if not torch.isfinite(saliency).all() or saliency.min() < 0 or saliency.max() > 1:
         raise ValueError("saliency must be finite and from 0 to 1")
     least = float(saliency.flatten(1).sum(dim=1).min())
-    if least < LEAST_PLACES:
+    if least < LEAST_PIXELS:
         raise ValueError(
-            f"the saliency mask is empty: on the latent's grid {list(clean.shape[-2:])} it covers {least:.3g} places. "
+            f"the saliency mask is empty: on the latent's grid {list(clean.shape[-2:])} it covers "
+            f"{least:.3g} positions. "
             "Mark the subject in it (a saliency node's threshold may be too high), or leave the mask out to learn from "
             "the whole picture"
         )
@@ -213,14 +214,14 @@ class _Pictures:
 
 
 @dataclass
-class _Run:
+class _LearningRun:
     """State of one run of `learn`."""
 
     predict: Predict
     encode: Encode
     start: Mapping[str, Tensor]
     pictures: _Pictures
-    settings: Settings
+    settings: LearningSettings
     losses: list[float] = field(default_factory=list)
     judged: dict[int, float] = field(default_factory=dict)
 

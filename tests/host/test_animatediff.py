@@ -16,7 +16,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
-from semantic_style.attention.scsa_attention import Settings
+from semantic_style.attention.scsa_attention import ScsaSettings
 from semantic_style.benchmarks.random_models import ReportingGuider, conditioning, small_sd15
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.apply_spin import apply_spin
@@ -450,7 +450,7 @@ def test_scsa_takes_a_clip_as_a_whole(peer, plain, motion, calls, context):
     clip, still = invert(model, latent(), node=DDIMInversion), invert(plain, latent(1, seed=5), node=DDIMInversion)
     labels = torch.zeros(1, 8, 8, dtype=torch.long)
     labels[:, 4:] = 1
-    patch = Patch(Pictures(clip, still), SemanticMap(labels, labels), Settings(a1=0.0))
+    patch = Patch(Pictures(clip, still), SemanticMap(labels, labels), ScsaSettings(a1=0.0))
     patched = apply_scsa(model, patch)
     calls.clear()
     if context != "whole clip":

@@ -9,8 +9,8 @@ import torch
 from semantic_style.attention.layers import feature_blocks
 from semantic_style.benchmarks.agreement import agreement
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
-from semantic_style.host.auto_map import Request, auto_map
-from semantic_style.host.invert import Task, invert_ddim
+from semantic_style.host.auto_map import MapRequest, auto_map
+from semantic_style.host.invert import InversionTask, invert_ddim
 from semantic_style.host.small_model import unet_model
 from semantic_style.nodes.nodes_auto_map import AutoMap
 from semantic_style.paperland import model as paperland
@@ -31,13 +31,13 @@ def model():
 
 def invert(model, seed, rows=1, size=SIZE, prompt=EMPTY):
     image = torch.randn(rows, 4, *size, generator=torch.Generator().manual_seed(seed)) / 0.18215
-    return invert_ddim(Task(model, prompt, prompt, image, 2, "normal", 1.0, 0))
+    return invert_ddim(InversionTask(model, prompt, prompt, image, 2, "normal", 1.0, 0))
 
 
 @pytest.fixture(scope="module")
 def request_(model):
     with torch.inference_mode():
-        return Request(model, invert(model, 1), invert(model, 2, size=(8, 16)), regions=4)
+        return MapRequest(model, invert(model, 1), invert(model, 2, size=(8, 16)), regions=4)
 
 
 class Calls:
@@ -84,9 +84,10 @@ def test_same_as_without_the_host_on_the_demo_model(demo):
     empty = [[net.text([""]), {}]]
     a, b = scenes.scene(5, 6), scenes.scene(7, 8)
     content, style = (
-        invert_ddim(Task(host, empty, empty, paperland.encode_pixels(s.images), 2, "normal", 1.0, 0)) for s in (a, b)
+        invert_ddim(InversionTask(host, empty, empty, paperland.encode_pixels(s.images), 2, "normal", 1.0, 0))
+        for s in (a, b)
     )
-    request = Request(host, content, style, sigma=0.5, seed=3)
+    request = MapRequest(host, content, style, sigma=0.5, seed=3)
     found, clusterings = auto_map(request)
     sides = []
     for inversion in (content, style):

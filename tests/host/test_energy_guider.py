@@ -21,7 +21,7 @@ from semantic_style.benchmarks.random_models import (
 from semantic_style.host.conditioning import REFERENCE
 from semantic_style.host.energy_guider import summary, why_nothing
 from semantic_style.host.fingerprint import fingerprint
-from semantic_style.host.invert import Task, invert_ddpm
+from semantic_style.host.invert import InversionTask, invert_ddpm
 from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.host.versions import values_of
@@ -46,7 +46,7 @@ def latent(*shape, seed=0):
 
 
 def invert(model, image, positive=POSITIVE, cfg=CFG, seed=1):
-    return invert_ddpm(Task(model, positive, NEGATIVE, image, STEPS, "normal", cfg, seed))
+    return invert_ddpm(InversionTask(model, positive, NEGATIVE, image, STEPS, "normal", cfg, seed))
 
 
 @pytest.fixture(scope="module")
@@ -473,8 +473,10 @@ def test_a_prompt_s_own_mark_is_no_content():
 def test_shapes_of_sdxl():
     sdxl, positive, empty = small_sdxl(), pooled_conditioning(1), pooled_conditioning(3)
     assert feature_blocks(sdxl.model.diffusion_model) == (3, 6)
-    context = invert_ddpm(Task(sdxl, positive, empty, latent(1, 4, 8, 12) * 0.18215, 2, "normal", CFG, 1))
-    reference = invert_ddpm(Task(sdxl, empty, empty, latent(1, 4, 8, 12, seed=2) * 0.18215, 2, "normal", 1.0, 2))
+    context = invert_ddpm(InversionTask(sdxl, positive, empty, latent(1, 4, 8, 12) * 0.18215, 2, "normal", CFG, 1))
+    reference = invert_ddpm(
+        InversionTask(sdxl, empty, empty, latent(1, 4, 8, 12, seed=2) * 0.18215, 2, "normal", 1.0, 2)
+    )
     style, kept = Stream(reference, empty), Stream(context)
     energy = Energy((StyleTerm(style, 3.0), SpatialTerm(kept, 0.9), SemanticTerm(kept, 1.0)))
     guider = ReportingGuider(sdxl, positive, empty, CFG, energy, cache=None)

@@ -8,13 +8,13 @@ import comfy_extras.nodes_model_advanced as model_advanced
 import comfy_extras.nodes_model_downscale as downscale
 import pytest
 import torch
-from semantic_style.attention.scsa_attention import Settings
+from semantic_style.attention.scsa_attention import ScsaSettings
 from semantic_style.benchmarks.random_models import ReportingGuider, conditioning, small_sd15
 from semantic_style.host import reference_cache
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.apply_spin import spin_energy
 from semantic_style.host.fingerprint import NoFingerprintError, fingerprint, token
-from semantic_style.host.invert import Task, invert_ddim, invert_ddpm
+from semantic_style.host.invert import InversionTask, invert_ddim, invert_ddpm
 from semantic_style.host.reference_cache import ReferenceCache, usable_ram
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.regions.semantic_map import SemanticMap
@@ -36,7 +36,7 @@ def latent(*shape, seed=0):
 
 
 def invert(model, image, positive=POSITIVE, cfg=CFG, seed=1):
-    return invert_ddpm(Task(model, positive, NEGATIVE, image, STEPS, "normal", cfg, seed))
+    return invert_ddpm(InversionTask(model, positive, NEGATIVE, image, STEPS, "normal", cfg, seed))
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +203,10 @@ def test_deep_shrink_under_energies(model, context, reference):
 
 def test_scsa_refuses_deep_shrink_by_name_before_the_run(model):
     with torch.inference_mode():
-        pictures = [invert_ddim(Task(model, EMPTY, EMPTY, latent(1, 4, 16, 8, seed=s), 2, "normal", 1.0, 0))
+        pictures = [invert_ddim(InversionTask(model, EMPTY, EMPTY, latent(1, 4, 16, 8, seed=s), 2, "normal", 1.0, 0))
                     for s in (1, 2)]  # fmt: skip
     labels = torch.zeros(1, 16, 8, dtype=torch.int64)
-    patch = Patch(Pictures(*pictures), SemanticMap(labels, labels), Settings(a1=0.0))
+    patch = Patch(Pictures(*pictures), SemanticMap(labels, labels), ScsaSettings(a1=0.0))
     calls = []
     for patched in (shrunk(apply_scsa(model, patch)), apply_scsa(shrunk(model), patch)):
         handle = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: calls.append(1))

@@ -15,7 +15,7 @@ import torch
 from semantic_style.attention.layers import all_cross_attention
 from semantic_style.benchmarks.random_models import CONTEXT, ReportingGuider, conditioning, small_sd15
 from semantic_style.host.apply_spin import apply_spin, spin_energy
-from semantic_style.host.invert import Task, invert_ddpm
+from semantic_style.host.invert import InversionTask, invert_ddpm
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
@@ -129,7 +129,7 @@ def test_everywhere_it_is_the_adapter_over_the_references_prompt(peer, model):
 
 def test_under_energies_the_adapter_still_tells_the_prompts_apart(peer, model):
     image = random(1, 4, *SIZE, seed=1) / 0.18215
-    background = invert_ddpm(Task(model, POSITIVE, NEGATIVE, image, STEPS, "normal", 1.0, 0))
+    background = invert_ddpm(InversionTask(model, POSITIVE, NEGATIVE, image, STEPS, "normal", 1.0, 0))
     spun = apply_spin(with_adapter(peer, model), REFERENCE, mask_of_pixels())
 
     def made(guider):

@@ -10,7 +10,7 @@ from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.apply_spin import apply_spin
 from semantic_style.host.energy_guider import EnergyGuider
-from semantic_style.host.invert import Task, invert_ddim
+from semantic_style.host.invert import InversionTask, invert_ddim
 from semantic_style.host.versions import CLONES, without_clones
 from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.terms import Energy, SpatialTerm, Stream
@@ -53,7 +53,7 @@ def on_two_devices():
 
 
 def invert(model, seed):
-    return invert_ddim(Task(model, EMPTY, EMPTY, random(*SHAPE, seed=seed) / 0.18215, 3, "normal", 1.0, seed))
+    return invert_ddim(InversionTask(model, EMPTY, EMPTY, random(*SHAPE, seed=seed) / 0.18215, 3, "normal", 1.0, seed))
 
 
 def sampled(guider):

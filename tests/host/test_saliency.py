@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from semantic_style.attention.layers import feature_blocks
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.benchmarks.saliency_quality import FOUND, overlap
-from semantic_style.host.find_subject import Request, find_subjects, pixel_size
-from semantic_style.host.invert import Task, invert_ddim
+from semantic_style.host.find_subject import SubjectRequest, find_subjects, pixel_size
+from semantic_style.host.invert import InversionTask, invert_ddim
 from semantic_style.nodes.nodes_paperland import LoadPaperland
 from semantic_style.nodes.nodes_saliency import FindSubject
 from semantic_style.paperland import model as paperland
@@ -184,7 +184,7 @@ def test_modes_and_growing(model):
 
 
 def test_an_inversion_serves_with_its_own_prompt(model):
-    inverted = invert_ddim(Task(model, EMPTY, EMPTY, latent(), 2, "normal", 1.0, 0))
+    inverted = invert_ddim(InversionTask(model, EMPTY, EMPTY, latent(), 2, "normal", 1.0, 0))
     a = run(model, inversion=inverted)[0]
     b = run(model, latent={"samples": latent()}, prompt=EMPTY)[0]
     assert (a == b).float().mean() > 0.99
@@ -246,11 +246,11 @@ def test_looks_are_calls_and_the_model_stays_as_it_is(model):
 
     before = sampled()
     with Calls(model) as calls:
-        find_subjects(Request(model, latent(), EMPTY, looks=3))
+        find_subjects(SubjectRequest(model, latent(), EMPTY, looks=3))
     assert calls.count == 3
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        find_subjects(Request(model, latent(), EMPTY))
+        find_subjects(SubjectRequest(model, latent(), EMPTY))
     comfy.model_management.interrupt_current_processing(False)
     assert torch.equal(sampled(), before)
 
@@ -268,6 +268,6 @@ def test_a_picture_without_a_thing_is_an_error(model):
     broken = upsampling.register_forward_hook(lambda module, args, out: out * torch.nan)
     try:
         with pytest.raises(FloatingPointError, match="float32"):
-            find_subjects(Request(model, latent(), EMPTY))
+            find_subjects(SubjectRequest(model, latent(), EMPTY))
     finally:
         broken.remove()

@@ -16,7 +16,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, SamplerCustom, SamplerCustomAdvanced
 from semantic_style.attention.layers import self_attention_layers, transformer_block
 from semantic_style.attention.regional_attention import order_by_region
-from semantic_style.attention.scsa_attention import References, SelfAttention, Settings, prepare, scsa
+from semantic_style.attention.scsa_attention import References, ScsaSettings, SelfAttention, prepare, scsa
 from semantic_style.attention.scsa_patch import Scsa
 from semantic_style.benchmarks.random_models import (
     ReportingGuider,
@@ -26,7 +26,7 @@ from semantic_style.benchmarks.random_models import (
     small_sdxl,
 )
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
-from semantic_style.host.invert import Task, invert_ddim, invert_ddpm
+from semantic_style.host.invert import InversionTask, invert_ddim, invert_ddpm
 from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.host.small_model import PixelVAE, unet_model
@@ -56,7 +56,7 @@ def random(*shape, seed=0):
 
 def invert(model, seed, rows=1, size=SIZE, prompt=EMPTY, channels=4):
     image = random(rows, channels, *size, seed=seed) / SD15_SCALE
-    return invert_ddim(Task(model, prompt, prompt, image, STEPS, "normal", 1.0, 0))
+    return invert_ddim(InversionTask(model, prompt, prompt, image, STEPS, "normal", 1.0, 0))
 
 
 def label_maps(seed=0, rows=1, size=SIZE, style_size=SIZE):
@@ -139,7 +139,7 @@ def test_a_second_larger_pass_is_told_its_nodes_and_they_work(model, pictures, p
         second_pass(patched)
     assert "8x16, the one being sampled is 16x32" in str(told.value)
     content = invert(model, 1, size=(32, 16))
-    again = apply_scsa(model, Patch(Pictures(content, pictures.style), label_maps(), Settings(a1=0.0)))
+    again = apply_scsa(model, Patch(Pictures(content, pictures.style), label_maps(), ScsaSettings(a1=0.0)))
     out = second_pass(again)
     assert torch.isfinite(out).all()
     assert not torch.equal(out, second_pass(model))
@@ -219,7 +219,7 @@ def test_the_blocks_compute_scsa_of_what_enters_them(name):
     style_size = (8, 16)
     pictures = pictures_of(model, rows=2, style_size=style_size, prompt=empty, channels=channels)
     regions = label_maps(rows=2, style_size=style_size)
-    settings = Settings(temperature=1.5, t1=0.7, t2=0.4, a1=0.4, a2=0.6)
+    settings = ScsaSettings(temperature=1.5, t1=0.7, t2=0.4, a1=0.4, a2=0.6)
     unet, sigma = model.model.diffusion_model, 1.3
     layers = self_attention_layers(unet)
     assert layers == tuple(("output", *block) for block in blocks)
@@ -277,7 +277,7 @@ def test_references_of_one_size_take_one_call_for_each_level(model, patched, pic
         assert rows == [2, 2, 2] * STEPS
         rows.clear()
         without = Pictures(pictures.content, pictures.style)
-        stock(apply_scsa(model, Patch(without, label_maps(), Settings(a1=0.0))))
+        stock(apply_scsa(model, Patch(without, label_maps(), ScsaSettings(a1=0.0))))
         assert rows == [2, 2] * STEPS
 
 
@@ -561,8 +561,8 @@ def energy(model):
     with torch.inference_mode():
         images = [random(1, 4, *SIZE, seed=s) / SD15_SCALE for s in (1, 5)]
         tasks = (
-            Task(model, POSITIVE, NEGATIVE, images[0], STEPS, "normal", CFG, 1),
-            Task(model, EMPTY, EMPTY, images[1], STEPS, "normal", 1.0, 2),
+            InversionTask(model, POSITIVE, NEGATIVE, images[0], STEPS, "normal", CFG, 1),
+            InversionTask(model, EMPTY, EMPTY, images[1], STEPS, "normal", 1.0, 2),
         )
         context, reference = (invert_ddpm(task) for task in tasks)
     style, kept = Stream(reference, EMPTY), Stream(context)
@@ -577,7 +577,7 @@ def test_the_energy_s_gradient_passes_patched_blocks_by_the_residual_only(model,
     """Against differences of the energy: SSA's choices are held, as the gradient does, by taking them away (t2 = 0)."""
     context, _ = energy
     kept = Energy((SpatialTerm(Stream(context), 0.9), SemanticTerm(Stream(context), 1.0)))
-    continuous = apply_scsa(model, replace(patch, settings=Settings(t2=0.0)))
+    continuous = apply_scsa(model, replace(patch, settings=ScsaSettings(t2=0.0)))
     sigma, h = 1.2, 3e-3
     x = context.at(sigma) + 0.3 * random(1, 4, *SIZE, seed=9)
     direction = random(1, 4, *SIZE, seed=4)
@@ -709,7 +709,7 @@ def scene(demo, seed, size=(32, 24)):
     drawn = scenes.scene(seed, seed, size)
     empty = demo[1].encode_from_tokens_scheduled(demo[1].tokenize(""))
     latent = demo[2].encode(drawn.images)
-    return drawn, invert_ddim(Task(demo[0], empty, empty, latent, STEPS, "normal", 1.0, 0))
+    return drawn, invert_ddim(InversionTask(demo[0], empty, empty, latent, STEPS, "normal", 1.0, 0))
 
 
 @pytest.mark.parametrize("style_size", [(32, 24), (24, 40)])
@@ -726,7 +726,10 @@ def test_the_node_makes_the_maps_pictures_once(demo, style_size):
         apply_node(demo, content, style, SemanticMap(a.labels, b.labels), vae=vae)
         assert rows
     prompt = content.positive
-    maps = [invert_ddim(Task(model, prompt, prompt, vae.encode(m), STEPS, "normal", 1.0, 0)) for m in draw_map(regions)]
+    maps = [
+        invert_ddim(InversionTask(model, prompt, prompt, vae.encode(m), STEPS, "normal", 1.0, 0))
+        for m in draw_map(regions)
+    ]
     given = apply_node(demo, content, style, regions, content_map=maps[0], style_map=maps[1])
     out = {}
     for name, one in (("node", patched), ("given", given), ("again", again)):

@@ -14,7 +14,7 @@ import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, DualCFGGuider, SamplerCustom, SamplerCustomAdvanced
 from newer_hosts import context_handler
 from semantic_style.attention.layers import all_cross_attention
-from semantic_style.attention.scsa_attention import Settings
+from semantic_style.attention.scsa_attention import ScsaSettings
 from semantic_style.benchmarks.random_models import (
     ReportingGuider,
     conditioning,
@@ -24,7 +24,7 @@ from semantic_style.benchmarks.random_models import (
 )
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.apply_spin import KEY, apply_spin, spin_energy
-from semantic_style.host.invert import Task, invert_ddim, invert_ddpm
+from semantic_style.host.invert import InversionTask, invert_ddim, invert_ddpm
 from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.host.small_model import unet_model
@@ -127,7 +127,9 @@ def outputs(node, *inputs):
 
 
 def task(model, seed, prompt=EMPTY, channels=4, rows=1, size=SIZE):
-    return Task(model, prompt, NEGATIVE, random(rows, channels, *size, seed=seed) / SD15_SCALE, STEPS, "normal", 1.0, 0)
+    return InversionTask(
+        model, prompt, NEGATIVE, random(rows, channels, *size, seed=seed) / SD15_SCALE, STEPS, "normal", 1.0, 0
+    )
 
 
 @contextmanager
@@ -409,7 +411,7 @@ def test_with_scsa_on_the_same_model_in_either_order(model):
     pictures = Pictures(*(invert_ddim(task(model, seed)) for seed in (1, 2)))
     regions = torch.zeros(1, *SIZE, dtype=torch.long)
     regions[:, 8:] = 1
-    patch = Patch(pictures, SemanticMap(regions, regions), Settings(a1=0.0))
+    patch = Patch(pictures, SemanticMap(regions, regions), ScsaSettings(a1=0.0))
     one = stock(apply_scsa(apply_spin(model, REFERENCE, right()), patch))
     other = stock(apply_spin(apply_scsa(model, patch), REFERENCE, right()))
     assert torch.equal(one, other)
@@ -592,7 +594,7 @@ def test_everything_at_once(model):
     regions[:, 8:] = 1
     maps = SemanticMap(regions, regions)
     spun = apply_spin(model, REFERENCE, background_mask())
-    both = apply_scsa(spun, Patch(Pictures(background, style), maps, Settings(a1=0.0)))
+    both = apply_scsa(spun, Patch(Pictures(background, style), maps, ScsaSettings(a1=0.0)))
     energy = semantix_energy(Stream(background), Stream(style, EMPTY), regions=maps)
     energy += spin_energy(background, background_mask())
     guider = ReportingGuider(both, POSITIVE, NEGATIVE, CFG, energy, cache=ReferenceCache())

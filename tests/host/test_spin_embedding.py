@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from semantic_style.benchmarks.random_models import conditioning, small_sd15, small_sdxl
 from semantic_style.benchmarks.text_models import RIGHT, small_clip
 from semantic_style.host.conditioning import REFERENCE
-from semantic_style.host.invert import Task as InversionTask
+from semantic_style.host.invert import InversionTask as InversionTask
 from semantic_style.host.invert import invert_ddim
-from semantic_style.host.learn_word import Task, learn_embedding
+from semantic_style.host.learn_word import LearningTask, learn_embedding
 from semantic_style.host.pseudo_words import make_prompt
 from semantic_style.nodes.nodes_embedding import SpinEmbedding
 from semantic_style.nodes.nodes_paperland import LoadPaperland
 from semantic_style.paperland import scenes
 from semantic_style.regions.masks import mask_on_grid
-from semantic_style.samplers.word_learning import Settings
+from semantic_style.samplers.word_learning import LearningSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
-FAST = Settings(steps=6, learning_rate=5e-3, checks=2)
+FAST = LearningSettings(steps=6, learning_rate=5e-3, checks=2)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def latent(*shape, seed=0):
 
 def task(model, clip, **changes):
     prompt = make_prompt(clip, changes.pop("template", "<it>"), "house", 2)
-    return Task(model, prompt, **({"latent": latent(), "settings": FAST} | changes))
+    return LearningTask(model, prompt, **({"latent": latent(), "settings": FAST} | changes))
 
 
 def run_node(model, clip, **changes):
@@ -209,7 +209,9 @@ def test_cancelling_stops_within_a_step_and_keeps_what_was_learnt(model, clip, e
     assert "mine_cancelled.safetensors" in caplog.text
     kept = load_file(embeddings / "mine_cancelled.safetensors")["emb_params"]
     # The step during which it was cancelled is done: nothing asks before the next call.
-    whole = learn_embedding(task(model, clip, settings=Settings(steps=3, learning_rate=5e-3, batch=1, checks=1)))
+    whole = learn_embedding(
+        task(model, clip, settings=LearningSettings(steps=3, learning_rate=5e-3, batch=1, checks=1))
+    )
     assert torch.equal(kept, whole.vectors["clip_l"]) or whole.step == 0
     assert torch.equal(stock(model, clip), before)
 
@@ -358,7 +360,7 @@ def test_an_inversion_or_an_image_in_the_latent_s_place(model, clip, demo):
         ({"saliency": torch.zeros(1, 64, 64)}, "empty"),
         ({"saliency": torch.full((1, 64, 64), float("nan"))}, "not finite"),
         ({"saliency": torch.ones(3, 64, 64)}, "one for each picture"),
-        ({"saliency": torch.eye(64)[None] * (torch.arange(64) == 3)}, "covers 0.0156 places"),
+        ({"saliency": torch.eye(64)[None] * (torch.arange(64) == 3)}, "covers 0.0156 positions"),
         ({"template": "a house"}, "must contain <it>"),
         ({"class_word": " "}, "class_word must be"),
         ({"name": "../spin"}, "name has letters"),

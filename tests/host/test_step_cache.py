@@ -7,8 +7,8 @@ from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.apply_scsa import Patch, Pictures, apply_scsa
 from semantic_style.host.energy_guider import EnergyGuider
-from semantic_style.host.invert import Task, invert_ddim, invert_ddpm
-from semantic_style.host.reading import Look, read_features
+from semantic_style.host.invert import InversionTask, invert_ddim, invert_ddpm
+from semantic_style.host.reading import FeatureCall, read_features
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.terms import Energy, SpatialTerm, Stream, StyleTerm
@@ -36,7 +36,7 @@ def latent(*shape, seed=0):
 
 
 def invert(model, size, seed, run=invert_ddpm):
-    return run(Task(model, EMPTY, EMPTY, latent(1, 4, *size, seed=seed), STEPS, "normal", 1.0, 0))
+    return run(InversionTask(model, EMPTY, EMPTY, latent(1, 4, *size, seed=seed), STEPS, "normal", 1.0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_scsa_reads_its_references_at_every_level(model, cached, inversions):
 
 
 def test_looking_at_pictures_makes_all_its_calls(model, cached, inversions):
-    looks = [Look(i.clean, EMPTY, 0) for i in inversions] * 2
+    looks = [FeatureCall(i.clean, EMPTY, 0) for i in inversions] * 2
     there, plain = (read_features(m, looks, 0.6) for m in (cached, model))
     for t, p in zip(there, plain, strict=True):
         assert all(map(torch.equal, t.stages, p.stages))

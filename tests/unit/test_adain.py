@@ -17,7 +17,7 @@ def labels(*shape, regions, seed=0):
     return torch.randint(0, regions, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def brute_force(content, style, content_labels, style_labels, min_places):
+def brute_force(content, style, content_labels, style_labels, min_tokens):
     out = torch.empty_like(content)
     for b in range(len(content)):
         s_b, ls_b = min(b, len(style) - 1), style_labels[min(b, len(style_labels) - 1)]
@@ -26,7 +26,7 @@ def brute_force(content, style, content_labels, style_labels, min_places):
             for c in range(content.shape[1]):
                 mine = content[b, c][lc_b == label]
                 theirs = style[s_b, c][ls_b == label]
-                if len(theirs) < min_places:
+                if len(theirs) < min_tokens:
                     theirs = style[s_b, c].flatten()
                 normal = (mine - mine.mean()) / (mine.var(unbiased=False) + EPS).sqrt()
                 out[b, c][lc_b == label] = normal * (theirs.var(unbiased=False) + EPS).sqrt() + theirs.mean()
@@ -37,7 +37,7 @@ def brute_force(content, style, content_labels, style_labels, min_places):
 def test_regions_match_brute_force(style_batch):
     content, style = random(3, 5, 9, 7), 3 + 2 * random(style_batch, 5, 6, 11, seed=1)
     lc, ls = labels(3, 9, 7, regions=5), labels(style_batch, 6, 11, regions=3, seed=2)
-    out = region_adain(content, style, lc, ls, min_places=4)
+    out = region_adain(content, style, lc, ls, min_tokens=4)
     torch.testing.assert_close(out, brute_force(content, style, lc, ls, 4), rtol=1e-10, atol=1e-10)
 
 
@@ -77,8 +77,8 @@ def test_never_nan_on_degenerate_regions(dtype):
     lc[0, 0, 0] = 1  # one place, in both
     lc[0, 3, 3] = 9  # not in the style
     ls[0, 2, 2] = 1
-    for min_places in (1, 4):
-        out = region_adain(content, style, lc, ls, min_places=min_places)
+    for min_tokens in (1, 4):
+        out = region_adain(content, style, lc, ls, min_tokens=min_tokens)
         assert out.dtype == dtype
         torch.testing.assert_close(out, style, rtol=1e-2, atol=0)
     assert torch.isfinite(adain(content, style)).all()
@@ -104,7 +104,7 @@ def test_authors_s_adain(shared, name):
     [
         ((1, 4, 8, 8), (1, 16, 8, 8), "4 channels and style 16"),
         ((3, 4, 8, 8), (2, 4, 8, 8), "3 contents, 2 styles"),
-        ((1, 4), (1, 4), "with places"),
+        ((1, 4), (1, 4), "with pixels"),
         ((1, 4, 0, 8), (1, 4, 8, 8), "empty"),
     ],
 )
@@ -120,5 +120,5 @@ def test_refusals_of_settings_and_labels():
         adain(x, x, strength=1.5)
     with pytest.raises(ValueError, match="resample_labels"):
         region_adain(x, x, torch.zeros(1, 64, 64, dtype=torch.int64), fits)
-    with pytest.raises(ValueError, match="min_places"):
-        region_adain(x, x, fits, fits, min_places=0)
+    with pytest.raises(ValueError, match="min_tokens"):
+        region_adain(x, x, fits, fits, min_tokens=0)

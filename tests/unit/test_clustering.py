@@ -304,7 +304,7 @@ def test_features_that_are_all_the_same_are_one_region():
         ({"regions": 17}, "got 17"),
         ({"smoothing": -1}, "got -1"),
         ({"style": joint_vectors([torch.rand(1, 5, 6, 6)])}, "4 and 5 channels"),
-        (dict.fromkeys(("content", "style"), joint_vectors([torch.rand(1, 4, 2, 2)])), "8 places"),
+        (dict.fromkeys(("content", "style"), joint_vectors([torch.rand(1, 4, 2, 2)])), "8 positions"),
     ],
 )
 def test_refusals(change, message):

@@ -8,7 +8,7 @@ from semantic_style.paperland import model as paperland
 from semantic_style.paperland import scenes
 from semantic_style.paperland.text import WORDS
 from semantic_style.paperland.unet import UNetConfig
-from semantic_style.samplers.word_learning import JUDGED_LEVELS, Learned, Settings, learn, masked_loss
+from semantic_style.samplers.word_learning import JUDGED_LEVELS, Learned, LearningSettings, learn, masked_loss
 
 LEVELS = torch.linspace(0.1, 5.0, 40, dtype=torch.float64)
 
@@ -97,7 +97,7 @@ def by_hand(start, clean, saliency, settings, steps):
 @pytest.mark.parametrize(("pictures", "masks", "batch"), [(1, 1, 1), (3, 1, 2), (2, 2, 3)])
 def test_steps_are_adamw_on_the_loss(pictures, masks, batch):
     clean, saliency, start = normal(pictures, 3, 4, 5), a_mask(masks, 4, 5), normal(2, 3, seed=4)
-    settings = Settings(steps=5, learning_rate=0.05, weight_decay=0.1, batch=batch, seed=9, checks=5)
+    settings = LearningSettings(steps=5, learning_rate=0.05, weight_decay=0.1, batch=batch, seed=9, checks=5)
     seen = []
     learn(colour_model, painter, {"w": start}, clean, saliency, LEVELS, settings, lambda s: seen.append(s["learned"]))
     vectors, losses = by_hand(start, clean, saliency, settings, 5)
@@ -113,7 +113,7 @@ def test_the_subject_s_colour_is_found_and_without_saliency_the_background_leaks
     clean, saliency = torch.full((1, 3, 8, 8), -0.6).double(), torch.zeros(1, 8, 8).double()
     clean[..., :4, :4] = 0.7
     saliency[:, :4, :4] = 1
-    settings = Settings(steps=400, learning_rate=0.02, weight_decay=0.0, batch=4, checks=10)
+    settings = LearningSettings(steps=400, learning_rate=0.02, weight_decay=0.0, batch=4, checks=10)
     found = [
         learn(colour_model, painter, {"w": torch.zeros(1, 3)}, clean, s, LEVELS, settings).vectors["w"].tanh().mean()
         for s in (saliency, torch.ones_like(saliency))
@@ -131,7 +131,7 @@ def a_run(seed: int = 0, callback=None, **settings) -> Learned:
         normal(1, 3, 4, 4),
         a_mask(1, 4, 4),
         LEVELS,
-        Settings(seed=seed, **settings),
+        LearningSettings(seed=seed, **settings),
         callback,
     )
 
@@ -149,7 +149,7 @@ def test_same_seed_same_vectors_and_nobody_else_s_randomness():
 def test_arguments_stay_as_they_are():
     start, clean, saliency = normal(1, 3), normal(1, 3, 4, 4), a_mask(1, 4, 4)
     copies = [t.clone() for t in (start, clean, saliency)]
-    learn(colour_model, painter, {"w": start}, clean, saliency, LEVELS, Settings(steps=3, checks=1))
+    learn(colour_model, painter, {"w": start}, clean, saliency, LEVELS, LearningSettings(steps=3, checks=1))
     assert all(torch.equal(a, b) for a, b in zip((start, clean, saliency), copies, strict=True))
     assert not start.requires_grad
 
@@ -161,16 +161,22 @@ def test_the_best_that_was_judged_is_given_back():
     assert 0 < wild.step < 12, "the case should have its best in the middle"
     # Judging the vectors again gives the figure that they were chosen by.
     again = learn(
-        colour_model, painter, wild.vectors, normal(1, 3, 4, 4), a_mask(1, 4, 4), LEVELS, Settings(steps=1, checks=1)
+        colour_model,
+        painter,
+        wild.vectors,
+        normal(1, 3, 4, 4),
+        a_mask(1, 4, 4),
+        LEVELS,
+        LearningSettings(steps=1, checks=1),
     )
     assert again.judged[0] == pytest.approx(wild.judged[wild.step], rel=1e-12)
     assert torch.equal(again.before, wild.after)
 
 
 def test_checks_are_spread_over_the_run():
-    assert Settings(steps=200).judged_at == {0, 25, 50, 75, 100, 125, 150, 175, 200}
-    assert Settings(steps=1).judged_at == {0, 1}
-    assert Settings(steps=3, checks=8).judged_at == {0, 1, 2, 3}
+    assert LearningSettings(steps=200).judged_at == {0, 25, 50, 75, 100, 125, 150, 175, 200}
+    assert LearningSettings(steps=1).judged_at == {0, 1}
+    assert LearningSettings(steps=3, checks=8).judged_at == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(("stop", "step"), [(1, 2), (5, 4)])
@@ -214,7 +220,13 @@ class InHalf(torch.autograd.Function):
 @pytest.mark.parametrize("factor", [1e-4, 3e4])
 def test_half_precision_neither_loses_nor_overflows_the_gradient(factor):
     """Gradients of this size inside the model, however small a part of the loss a place is."""
-    args = {"w": torch.zeros(1, 3)}, normal(1, 3, 16, 16).float(), torch.ones(1, 16, 16), LEVELS, Settings(steps=1)
+    args = (
+        {"w": torch.zeros(1, 3)},
+        normal(1, 3, 16, 16).float(),
+        torch.ones(1, 16, 16),
+        LEVELS,
+        LearningSettings(steps=1),
+    )
 
     def model(x, sigma, colour):
         return colour_model(x, sigma, InHalf.apply(colour / factor) * factor)
@@ -231,7 +243,7 @@ def test_the_cleanest_levels_can_be_left_out():
         seen.extend(sigma.tolist())
         return colour_model(x, sigma, colour)
 
-    settings = Settings(steps=60, batch=2, checks=1, skip_clean=0.3)
+    settings = LearningSettings(steps=60, batch=2, checks=1, skip_clean=0.3)
     args = {"w": torch.zeros(1, 3)}, normal(1, 3, 4, 4), a_mask(1, 4, 4), LEVELS
     learn(model, painter, *args, settings)
     assert set(seen) <= set(LEVELS[12:].tolist())
@@ -245,7 +257,9 @@ def test_two_encoders_learn_together():
     def both(vectors):
         return vectors["l"].mean(dim=0) + vectors["g"].mean(dim=0)[:3]
 
-    out = learn(colour_model, both, start, normal(1, 3, 4, 4), a_mask(1, 4, 4), LEVELS, Settings(steps=4, checks=1))
+    out = learn(
+        colour_model, both, start, normal(1, 3, 4, 4), a_mask(1, 4, 4), LEVELS, LearningSettings(steps=4, checks=1)
+    )
     assert not torch.equal(out.vectors["l"], start["l"])
     assert not torch.equal(out.vectors["g"][:, :3], start["g"][:, :3])
 
@@ -259,7 +273,7 @@ def test_two_encoders_learn_together():
         ({"saliency": torch.full((1, 4, 4), math.nan)}, "finite and from 0 to 1"),
         ({"saliency": torch.full((1, 4, 4), 255.0)}, "finite and from 0 to 1"),
         ({"clean": torch.full((1, 3, 4, 4), math.nan)}, "NaN"),
-        ({"clean": torch.zeros(1, 3, 4)}, "two axes of places"),
+        ({"clean": torch.zeros(1, 3, 4)}, "two axes of positions"),
         ({"levels": torch.zeros(5)}, "above 0"),
         ({"levels": LEVELS.flip(0)}, "must rise"),
         ({"start": {}}, "no vectors"),
@@ -280,7 +294,7 @@ def test_refusals(change, message):
         "levels": LEVELS,
     }
     with pytest.raises(ValueError, match=message):
-        learn(**given | change, settings=Settings(steps=2))
+        learn(**given | change, settings=LearningSettings(steps=2))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +312,7 @@ def test_refusals(change, message):
 )
 def test_settings_out_of_range(change):
     with pytest.raises(ValueError, match=next(iter(change))):
-        Settings(**change)
+        LearningSettings(**change)
 
 
 def test_a_loss_that_is_not_finite_names_step_level_and_dtype():
@@ -318,7 +332,7 @@ def test_a_loss_that_is_not_finite_names_step_level_and_dtype():
             torch.zeros(1, 3, 4, 4),
             torch.ones(1, 4, 4),
             LEVELS,
-            Settings(steps=5, checks=1),
+            LearningSettings(steps=5, checks=1),
         )
 
 
@@ -348,7 +362,7 @@ def test_paperland_without_comfyui():
         clean,
         saliency,
         model.sigmas,
-        Settings(steps=6, learning_rate=0.02, batch=2, checks=2),
+        LearningSettings(steps=6, learning_rate=0.02, batch=2, checks=2),
     )
     assert min(out.judged.values()) < out.judged[0]
     assert out.vectors["<it>"].shape == (1, 16)

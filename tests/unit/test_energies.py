@@ -186,7 +186,7 @@ def test_spatial_energy_refuses_what_does_not_fit(out, other, message):
         (torch.zeros(1, 8, dtype=torch.int64), r"int64 \[1, 9\]"),
         (torch.zeros(2, 9, dtype=torch.int64), r"int64 \[1, 9\]"),
         (torch.zeros(1, 9), "float32"),
-        (torch.full((1, 9), 4), "from 4 to 4.*4 places"),
+        (torch.full((1, 9), 4), "from 4 to 4.*4 positions"),
         (torch.full((1, 9), -1), "from -1 to -1"),
     ],
 )
@@ -204,10 +204,10 @@ def test_style_energy_refuses_another_models_features():
     ("out", "context", "message"),
     [
         ((1, 6, 77), (1, 6, 154), "77 tokens and that of context over 154"),
-        ((1, 6, 77), (1, 8, 77), "6 places and that of context 8"),
+        ((1, 6, 77), (1, 8, 77), "6 positions and that of context 8"),
         ((3, 6, 5), (2, 6, 5), "3 images and 2"),
         ((1, 6, 1), (1, 6, 1), "have no other"),
-        ((6, 5), (6, 5), "places, tokens"),
+        ((6, 5), (6, 5), "positions, tokens"),
     ],
 )
 def test_semantic_distance_refuses_what_does_not_fit(out, context, message):

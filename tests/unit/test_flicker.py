@@ -88,7 +88,7 @@ def test_more_flicker_counts_more():
 
 def test_it_says_what_it_measured():
     result = flicker(still_clip() + torch.tensor([0.0, 0.5, 0.0, 0.5])[:, None, None, None], still_clip())
-    assert str(result) == "flicker 0.5000, context 0.0000, excess +0.5000 on 100% of places"
+    assert str(result) == "flicker 0.5000, context 0.0000, excess +0.5000 on 100% of pixels"
 
 
 def test_refusals(moved):

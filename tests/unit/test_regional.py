@@ -3,7 +3,7 @@
 import pytest
 import torch
 from semantic_style.attention.regional_attention import (
-    best_places,
+    best_tokens,
     continuous_attention,
     order_by_region,
     sparse_attention,
@@ -27,20 +27,20 @@ def heads(batch, places, seed):
     return random(batch, HEADS, places, DIM, seed=seed)
 
 
-def visible(regions, image, min_places):
+def visible(regions, image, min_tokens):
     """[N, M]: which places of the style a place of the content sees."""
     content, style = (x[image % len(x)].flatten() for x in (regions.content, regions.style))
     same = content[:, None] == style[None, :]
-    same[same.sum(1) < min_places] = True
+    same[same.sum(1) < min_tokens] = True
     return same
 
 
-def dense(q, k, v, regions, min_places, scale):
+def dense(q, k, v, regions, min_tokens, scale):
     """Both attentions with one places x places matrix for each image."""
     continuous, sparse = [], []
     for i in range(max(len(q), len(k), len(regions.content), len(regions.style))):
         q_i, k_i, v_i = (x[i % len(x)] for x in (q, k, v))
-        logits = (q_i @ k_i.mT).masked_fill(~visible(regions, i, min_places), -torch.inf)
+        logits = (q_i @ k_i.mT).masked_fill(~visible(regions, i, min_tokens), -torch.inf)
         continuous.append((logits * scale).softmax(-1) @ v_i)
         sparse.append(torch.stack([v_h[best] for v_h, best in zip(v_i, logits.argmax(-1), strict=True)]))
     return torch.stack(continuous), torch.stack(sparse)
@@ -65,13 +65,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("min_places", [1, 4])
+@pytest.mark.parametrize("min_tokens", [1, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_both_attentions_match_the_dense_ones(case, min_places):
+def test_both_attentions_match_the_dense_ones(case, min_tokens):
     regions = SemanticMap(*CASES[case])
-    order = order_by_region(regions, min_places)
-    q, k, v = heads(1, order.content_places, 1), heads(1, order.style_places, 2), heads(1, order.style_places, 3)
-    continuous, sparse = dense(q, k, v, regions, min_places, scale=0.6)
+    order = order_by_region(regions, min_tokens)
+    q, k, v = heads(1, order.content_tokens, 1), heads(1, order.style_tokens, 2), heads(1, order.style_tokens, 3)
+    continuous, sparse = dense(q, k, v, regions, min_tokens, scale=0.6)
     torch.testing.assert_close(continuous_attention(q, k, v, order, scale=0.6), continuous, rtol=1e-12, atol=1e-12)
     assert torch.equal(sparse_attention(q, k, v, order), sparse)
 
@@ -124,7 +124,7 @@ def test_the_first_of_equal_places_is_chosen_whatever_the_chunks():
     q, k = heads(2, 36, 1).round(), torch.ones(2, HEADS, 36, DIM, dtype=torch.float64)
     expected = torch.stack([visible(regions, 0, 4).int().argmax(-1)] * HEADS).expand(2, -1, -1)
     for chunk_bytes in (1, 2000, 2**20):
-        assert torch.equal(best_places(q, k, order, chunk_bytes), expected)
+        assert torch.equal(best_tokens(q, k, order, chunk_bytes), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -146,7 +146,7 @@ def test_large_half_precision_logits_do_not_overflow():
     order = order_by_region(SemanticMap(one_region(1, 4, 4), one_region(1, 4, 4)))
     q = 100 * random(1, HEADS, 16, 64, seed=1, dtype=torch.float16)
     assert torch.isfinite(continuous_attention(q, q, q, order)).all()
-    assert torch.equal(best_places(q, q, order), (q.double() @ q.double().mT).argmax(-1))
+    assert torch.equal(best_tokens(q, q, order), (q.double() @ q.double().mT).argmax(-1))
 
 
 def test_runs_are_equal_to_the_bit():
@@ -205,5 +205,5 @@ def test_refusals_name_the_shapes(q, k, v, message):
 
 
 def test_at_least_one_place():
-    with pytest.raises(ValueError, match="min_places must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="min_tokens must be at least 1, got 0"):
         order_by_region(SemanticMap(one_region(1, 2, 2), one_region(1, 2, 2)), 0)

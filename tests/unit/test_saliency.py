@@ -66,8 +66,8 @@ def test_the_cut_is_the_generalised_eigenproblem_s():
     # The length is free, and the threshold is taken off.
     y, mine = vectors[:, second].real, side.vector[part].numpy()
     assert abs(np.corrcoef(y, mine)[0, 1]) == pytest.approx(1, abs=1e-9)
-    assert torch.equal(side.places | other.places, part)
-    assert not (side.places & other.places).any()
+    assert torch.equal(side.positions | other.positions, part)
+    assert not (side.positions & other.positions).any()
     assert torch.isnan(side.vector[~part]).all()
 
 
@@ -142,7 +142,7 @@ def test_any_grid_and_type(size, dtype):
     ("features", "threshold", "message"),
     [
         (torch.zeros(1, 3, 8, 8), 0.5, r"got \[1, 3, 8, 8\]"),
-        (torch.zeros(3, 3, 8), 0.5, "4x4 places or more"),
+        (torch.zeros(3, 3, 8), 0.5, "4x4 positions or more"),
         (torch.full((3, 8, 8), torch.nan), 0.5, "NaN"),
         (torch.ones(3, 8, 8), 0.5, "same everywhere"),
         (torch.zeros(3, 8, 8), 0.5, "same everywhere"),

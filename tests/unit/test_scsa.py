@@ -11,8 +11,8 @@ from semantic_style.attention.regional_attention import order_by_region
 from semantic_style.attention.scsa_attention import (
     Prepared,
     References,
+    ScsaSettings,
     SelfAttention,
-    Settings,
     align,
     instance_norm,
     prepare,
@@ -33,7 +33,7 @@ class Golden:
         with safe_open(path, "pt") as file:
             meta = file.metadata()
         shares = {name: float(meta[name]) for name in ("t1", "t2", "a1", "a2")}
-        self.settings = Settings(temperature=float(meta["T"]), **shares)
+        self.settings = ScsaSettings(temperature=float(meta["T"]), **shares)
         self.block = SelfAttention(
             norm=self.norm("norm1"),
             to_q=self.linear("attn1.to_q"),
@@ -104,13 +104,13 @@ def random_block():
     return SelfAttention(lambda x: layer_norm(x, (CHANNELS,)), q, k, v, lambda x: x @ weights[3] + bias, HEADS)
 
 
-def random_references(content=1, style=1, style_places=42):
+def random_references(content=1, style=1, style_tokens=42):
     n = PLACES[0] * PLACES[1]
     return References(
         random(content, n, CHANNELS, seed=1),
-        2 * random(style, style_places, CHANNELS, seed=2) + 1,
+        2 * random(style, style_tokens, CHANNELS, seed=2) + 1,
         random(content, n, CHANNELS, seed=3),
-        random(style, style_places, CHANNELS, seed=4),
+        random(style, style_tokens, CHANNELS, seed=4),
     )
 
 
@@ -140,11 +140,11 @@ def by_formula(block, x, refs, regions, settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings(), Settings(t1=0.0), Settings(t2=0.0), Settings(2.0, 0.3, 1.1, 0.0, 1.0)]
+    "settings", [ScsaSettings(), ScsaSettings(t1=0.0), ScsaSettings(t2=0.0), ScsaSettings(2.0, 0.3, 1.1, 0.0, 1.0)]
 )
 def test_formula_with_a_style_of_another_size(settings):
     regions = SemanticMap(labels(1, *PLACES), labels(1, 5, 9, seed=1))
-    block, refs, x = random_block(), random_references(style_places=45), 3 * random(1, 42, CHANNELS) + 2
+    block, refs, x = random_block(), random_references(style_tokens=45), 3 * random(1, 42, CHANNELS) + 2
     order = order_by_region(regions)
     out = scsa(block, x, prepare(block, refs, order, settings), order, settings)
     torch.testing.assert_close(out, by_formula(block, x, refs, regions, settings), rtol=1e-10, atol=1e-10)
@@ -152,7 +152,7 @@ def test_formula_with_a_style_of_another_size(settings):
 
 @pytest.mark.parametrize(("contents", "styles", "rows"), [(1, 1, 3), (3, 3, 3), (3, 1, 3), (3, 3, 6), (3, 1, 6)])
 def test_batches_are_images_one_by_one(contents, styles, rows):
-    block, refs, settings = random_block(), random_references(contents, styles), Settings()
+    block, refs, settings = random_block(), random_references(contents, styles), ScsaSettings()
     x = random(rows, 42, CHANNELS, seed=8)
     regions = SemanticMap(labels(contents, *PLACES), labels(styles, *PLACES, seed=1))
     order = order_by_region(regions)
@@ -165,7 +165,7 @@ def test_batches_are_images_one_by_one(contents, styles, rows):
 
 
 def test_gradient_reaches_the_style_but_not_the_image():
-    block, settings = random_block(), Settings()
+    block, settings = random_block(), ScsaSettings()
     refs = random_references()
     refs.style.requires_grad_()
     x = random(1, 42, CHANNELS).requires_grad_()
@@ -180,7 +180,7 @@ def test_half_precision_is_close_and_finite(dtype):
     half = {
         name: (lambda x, f=f: f(x.double()).to(dtype)) for name, f in vars(random_block()).items() if name != "heads"
     }
-    refs, x, settings = random_references(), 100 * random(1, 42, CHANNELS), Settings(t2=0.0)
+    refs, x, settings = random_references(), 100 * random(1, 42, CHANNELS), ScsaSettings(t2=0.0)
     regions = SemanticMap(labels(1, *PLACES), labels(1, *PLACES, seed=1))
     order = order_by_region(regions)
     block = SelfAttention(**half, heads=HEADS)
@@ -189,7 +189,9 @@ def test_half_precision_is_close_and_finite(dtype):
     assert out.dtype == dtype
     exact = by_formula(random_block(), x, refs, regions, settings)
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=0.03 if dtype == torch.float16 else 0.2)
-    assert torch.isfinite(scsa(block, x.to(dtype), prepare(block, low, order, Settings()), order, Settings())).all()
+    assert torch.isfinite(
+        scsa(block, x.to(dtype), prepare(block, low, order, ScsaSettings()), order, ScsaSettings())
+    ).all()
 
 
 def test_instance_norm_of_one_place_and_of_large_half_precision_values():
@@ -211,17 +213,17 @@ def test_instance_norm_of_one_place_and_of_large_half_precision_values():
 )
 def test_refused_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        Settings(**settings)
+        ScsaSettings(**settings)
 
 
 def test_refused_shapes():
     order = order_by_region(SemanticMap(labels(1, *PLACES), labels(1, *PLACES)))
     block, refs = random_block(), random_references()
     with pytest.raises(ValueError, match="resample the semantic map"):
-        prepare(block, random_references(style_places=10), order, Settings())
+        prepare(block, random_references(style_tokens=10), order, ScsaSettings())
     with pytest.raises(ValueError, match="the style map's features"):
-        prepare(block, replace(refs, style_map=refs.style_map[:, 1:]), order, Settings())
-    prepared: Prepared = prepare(block, random_references(2, 2), order, Settings())
+        prepare(block, replace(refs, style_map=refs.style_map[:, 1:]), order, ScsaSettings())
+    prepared: Prepared = prepare(block, random_references(2, 2), order, ScsaSettings())
     for shape in ((2, 41, CHANNELS), (3, 42, CHANNELS)):
         with pytest.raises(ValueError, match="multiple of the 2 content"):
-            scsa(block, torch.zeros(shape, dtype=torch.float64), prepared, order, Settings())
+            scsa(block, torch.zeros(shape, dtype=torch.float64), prepared, order, ScsaSettings())

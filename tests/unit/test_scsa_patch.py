@@ -6,7 +6,7 @@ import pytest
 import torch
 from semantic_style.attention.layers import self_attention_layers, transformer_block
 from semantic_style.attention.regional_attention import order_by_region
-from semantic_style.attention.scsa_attention import References, SelfAttention, Settings, prepare, scsa
+from semantic_style.attention.scsa_attention import References, ScsaSettings, SelfAttention, prepare, scsa
 from semantic_style.attention.scsa_patch import Reader, Scsa, block_inputs, check_free, uses_map_pictures
 from semantic_style.paperland.unet import PaperlandUNet, UNetConfig
 from semantic_style.regions.semantic_map import SemanticMap
@@ -125,7 +125,9 @@ def test_block_inputs_are_read_without_a_trace(unet):
     assert not any(m._forward_pre_hooks for m in unet.modules())
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(a1=0.0), Settings(t1=0.0), Settings(t2=0.0, t1=1.3)])
+@pytest.mark.parametrize(
+    "settings", [ScsaSettings(), ScsaSettings(a1=0.0), ScsaSettings(t1=0.0), ScsaSettings(t2=0.0, t1=1.3)]
+)
 def test_blocks_take_scsa_of_what_enters_them(unet, settings):
     layers = self_attention_layers(unet)
     references = read(unet, layers, latents())
@@ -169,7 +171,7 @@ def test_one_map_picture_serves_a_batch(unet):
     for maps in ((content_map, style_map), (content_map.repeat(2, 1, 1, 1), style_map)):
         references = read(unet, layers, (batch, style, *maps))
         with block_inputs(unet, layers) as seen:
-            patch = Scsa(unet, layers, label_maps(), Settings(), seen)
+            patch = Scsa(unet, layers, label_maps(), ScsaSettings(), seen)
             patch.at_level(*references)
             results.append(call(unet, random(2, 48, *SIZE, seed=9), patch.options()))
     torch.testing.assert_close(*results)
@@ -192,12 +194,12 @@ def test_the_gradient_passes_a_patched_block_by_its_residual_only(unet):
             return torch.autograd.grad((out * direction).sum(), x)[0], patch
 
     full = torch.autograd.grad((call(unet, x) * direction).sum(), x)[0]
-    (residual, _), (held, _) = gradient(Settings(), []), gradient(Settings(), [constant])
+    (residual, _), (held, _) = gradient(ScsaSettings(), []), gradient(ScsaSettings(), [constant])
     assert torch.equal(residual, held)
     assert (full - residual).norm() > 0.05 * full.norm()
 
     # With the sparse part's choices out of the way that is the true gradient.
-    exact, patch = gradient(Settings(t2=0.0), [])
+    exact, patch = gradient(ScsaSettings(t2=0.0), [])
     v, h = random(1, 48, *SIZE, seed=11), 1e-5
     with torch.no_grad(), block_inputs(unet, layers) as patch.seen:
         ends = [(call(unet, x + s * h * v, patch.options()) * direction).sum() for s in (1, -1)]
@@ -228,7 +230,7 @@ def test_places_that_another_patch_merges_are_refused(unet):
         return n[:, ::2], context[:, ::2], value[:, ::2]
 
     with block_inputs(unet, layers) as seen:
-        patch = Scsa(unet, layers, label_maps(), Settings(), seen)
+        patch = Scsa(unet, layers, label_maps(), ScsaSettings(), seen)
         patch.at_level(*references)
         with pytest.raises(ValueError, match=r"merges or tiles .*merge"):
             call(unet, random(1, 48, *SIZE), patch.options({"patches": {"attn1_patch": [merge]}}))
@@ -238,7 +240,7 @@ def test_another_size_is_refused(unet):
     layers = self_attention_layers(unet)
     references = read(unet, layers, latents())
     with block_inputs(unet, layers) as seen:
-        patch = Scsa(unet, layers, label_maps(), Settings(), seen)
+        patch = Scsa(unet, layers, label_maps(), ScsaSettings(), seen)
         patch.at_level(*references)
         with pytest.raises(ValueError, match="one size"):
             call(unet, random(1, 48, 8, 8), patch.options())
