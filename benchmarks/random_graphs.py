@@ -82,7 +82,7 @@ class Scene(Builder):
         self.model, self.clip, self.vae = [loaded, 0], [loaded, 1], [loaded, 2]
         self.steps = self.of(1, 2, 3)
         # What the host's nodes do not bear among themselves is no test of ours: self-attention guidance fails where no
-        # prompt is active, token merging when it is put on twice.
+        # prompt is active, token merging when it is put on twice, one step cache beside the other.
         self.ranges = self.some(0.7)
         self.on_model: set[str] = set()
         methods: list[Callable[[], Link]] = [self.semantix, self.guided, self.scsa, self.spin, self.replay, self.adain]
@@ -170,7 +170,7 @@ class Scene(Builder):
             )
             if kind not in self.info or kind in self.on_model or (kind == "SelfAttentionGuidance" and self.ranges):
                 continue
-            self.on_model.add(kind)
+            self.on_model |= {"EasyCache", "LazyCache"} if kind in ("EasyCache", "LazyCache") else {kind}
             settings = {"FreeU": {}, "ModelSamplingDiscrete": {"sampling": "v_prediction"}}.get(kind, {})
             if kind == "ModelComputeDtype":
                 settings = {"dtype": self.of("default", "fp32", "bf16")}
