@@ -185,7 +185,7 @@ def test_sixty_jobs_with_a_server_killed_in_the_middle(
             client.run(WARM)
 
         def kill() -> None:
-            until(lambda: done_by(out).get(doomed.address, 0) >= 3)
+            until(lambda: len(history(doomed.address)) >= 6)
             os.killpg(doomed.process.pid, signal.SIGKILL)
 
         killer = threading.Thread(target=kill)
