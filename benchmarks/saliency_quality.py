@@ -131,7 +131,7 @@ def main() -> None:
     figures = report.by_name([f["figures"] for f in found])
     parts = ("picture", "true mask", "found mask")
     columns = {
-        f"{name}, {part}": torch.stack([f["pictures"][name][i] for f in found[:SHOWN]])
+        f"{name.split(' with ')[0]}, {part}": torch.stack([f["pictures"][name][i] for f in found[:SHOWN]])
         for name in figures
         for i, part in enumerate(parts)
     }
