@@ -87,7 +87,11 @@ class EnergyGuider(comfy.samplers.CFGGuider):
             run.finish()
             if self.listen is not None:
                 self.listen(report)
-        _tell(report, self.energy)
+        try:
+            _tell(report, self.energy)
+        except Exception:
+            # The picture is made; what is said about it must not lose it.
+            logging.exception("Semantic Style: the report of a guided run failed")
         return samples
 
     def predict_noise(

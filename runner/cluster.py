@@ -16,14 +16,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from . import batch
 from .farm import ROOT
 from .graph import Graph
-from .jobs import Job
+from .jobs import Job, upload_name
 from .journal import FAILED, LOST, Journal
 from .outputs import PartFile, part_name
+from .plan import Bar, RefusedError, finish, out_folder, plan, settings_of
 from .request import LocalFile
-from .scheduler import GivenUpError, Report, Settings, upload_name
+from .scheduler import GivenUpError, Report, Settings
 
 # Contents that many jobs use, a style for example, are put into Ray's store once.
 KEPT_CONTENTS = 64
@@ -38,14 +38,14 @@ def run(options: argparse.Namespace, file: Any) -> int:
     try:
         import ray
     except ImportError as error:
-        raise batch.RefusedError('--ray needs Ray: pip install "semantic-style[cluster]"') from error
+        raise RefusedError('--ray needs Ray: pip install "semantic-style[cluster]"') from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = options.ray == "local"
     wanted = (options.actors or 1) * (options.cpus or 1)
     more = {"num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)), "include_dashboard": False} if local else {}
     ray.init(address="local" if local else options.ray, log_to_driver=False, logging_level="warning", **more)
     try:
-        with Journal(batch.out_folder(options)) as journal:
+        with Journal(out_folder(options)) as journal:
             return _run(options, file, journal)
     finally:
         ray.shutdown()
@@ -57,13 +57,13 @@ def _run(options: argparse.Namespace, file: Any, journal: Journal) -> int:
     gpus = int(ray.cluster_resources().get("GPU", 0))
     by_gpu = options.cpus is None and gpus > 0
     resources: dict[str, float] = {"num_gpus": 1} if by_gpu else {"num_cpus": options.cpus or 1}
-    settings = batch.settings_of(options)
+    settings = settings_of(options)
     crew = Crew(options.actors or gpus or 1, resources, settings)
-    workflow, jobs = batch.plan(options, file, {"the cluster": crew.definitions()}, journal)
+    workflow, jobs = plan(options, file, {"the cluster": crew.definitions()}, journal)
     todo = journal.begin(jobs)
     print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them done before; outputs in {journal.folder}", flush=True)
     stopped = None
-    with batch.Bar(len(jobs), len(jobs) - len(todo)) as bar:
+    with Bar(len(jobs), len(jobs) - len(todo)) as bar:
         try:
             crew.run(workflow, todo, journal, bar)
         except GivenUpError as error:
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace, file: Any, journal: Journal) -> int:
             stopped = "Interrupted"
         finally:
             crew.dismiss()
-    return batch.finish(journal, jobs, stopped)
+    return finish(journal, jobs, stopped)
 
 
 class Crew:

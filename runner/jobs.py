@@ -152,3 +152,8 @@ def _with_own_names(jobs: Iterable[Job]) -> list[Job]:
         taken.add(os.path.normcase(job.name).lower())
         named.append(job)
     return named
+
+
+def upload_name(path: Path, digest: str) -> str:
+    """The name of a file on servers: the same for the same content, with an ending that tells what it is."""
+    return f"{digest[:32]}{path.suffix.lower()}"

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from .api import Api
@@ -18,6 +17,7 @@ from .graph import Graph, Progress
 from .jobs import Job
 from .journal import LOST, Journal
 from .outputs import Fetched
+from .worker import Worker
 
 # A job whose runs end without a fault that could be its own (its server was restarted while it waited there) is tried
 # so many times as often.
@@ -94,8 +94,6 @@ class Batch:
 
         Raises `GivenUpError`; the jobs that are left then wait in the journal for the next call.
         """
-        from .worker import Worker
-
         workers = [Worker(self, api) for api in servers]
         by_name = {worker.api.name: worker for worker in workers}
         todo = {job.key: job for job in jobs}
@@ -218,8 +216,3 @@ def _common(jobs: Sequence[Job]) -> list[Job]:
     """A job with the values that all jobs set, so that the file's own are not asked for."""
     common = set.intersection(*(set(job.values) for job in jobs)) if jobs else set()
     return [Job("all", {target: jobs[0].values[target] for target in common})]
-
-
-def upload_name(path: Path, digest: str) -> str:
-    """The name of a file on servers: the same for the same content, with an ending that tells what it is."""
-    return f"{digest[:32]}{path.suffix.lower()}"

@@ -9,15 +9,17 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .api import UPLOADS, AnswerError, Api, ApiError, Message, ServerBusyError, ServerGoneError
 from .check import problems
 from .graph import Graph, GraphError, GraphInterrupted, Tracker, raise_failure
-from .jobs import Job
+from .jobs import Job, upload_name
 from .journal import FAILED, LOST
 from .outputs import Fetched, PartFile, made_files, part_name
-from .scheduler import Batch, upload_name
+
+if TYPE_CHECKING:
+    from .scheduler import Batch
 
 # Fetching what ended jobs made goes on beside the next ones.
 FETCHES = 4

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from semantic_style.runner import batch
+from semantic_style.runner import batch, plan
 from semantic_style.runner.jobs import hash_of_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,7 +195,7 @@ def test_headers_come_from_files_and_the_environment_and_stay_secret(
 
 @pytest.mark.parametrize("given", ["@no file", "$NO_VARIABLE", "no colon", ": x"])
 def test_headers_that_are_none(given: str) -> None:
-    with pytest.raises(batch.RefusedError, match="--header"):
+    with pytest.raises(plan.RefusedError, match="--header"):
         batch.read_headers([given])
 
 

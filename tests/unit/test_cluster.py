@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from semantic_style.runner import batch
+from semantic_style.runner import plan
 from semantic_style.runner.jobs import Request, hash_of_file, make_jobs
 from semantic_style.runner.journal import Journal
 from semantic_style.runner.scheduler import Settings
@@ -83,7 +83,7 @@ def test_two_actors_one_killed_in_the_middle(local_ray, stub, tmp_path: Path) ->
 
     server = stand_in_server(str(started), str(ROOT), 0.1)
     crew = Crew(2, {"num_cpus": 1}, Settings(stall=20, wait=60), server)
-    with Journal(out) as journal, batch.Bar(JOBS, 0) as bar:
+    with Journal(out) as journal, plan.Bar(JOBS, 0) as bar:
         jobs, _ = make_jobs(stub.graph(), request, crew.definitions(), journal.digest)
         killer = threading.Thread(target=kill)
         killer.start()
