@@ -134,7 +134,8 @@ def test_what_does_not_fit_a_real_server_is_said_first(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_packs_graphs_lack_nothing_but_the_files_they_ask_for(name: str, definitions: dict[str, Any]) -> None:
     graph = load("api", f"{name}.json")
-    kinds = ("CheckpointLoaderSimple", "LoadImage", "LoadVideo")
+    models = ("CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader")
+    kinds = (*models, "LoadImage", "LoadVideo")
     asking = {number for number, node in graph.items() if node["class_type"] in kinds}
     found = problems(graph, [Job("job")], definitions)
     assert {re.search(r"node (\d+)\)", problem).group(1) for problem in found} == asking
