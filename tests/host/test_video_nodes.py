@@ -13,7 +13,7 @@ def test_flicker_of_known_noise_and_of_none():
     excess, report = MeasureFlicker.execute(0.5 * scene.images + frames, scene.images, scene.labels).args
     assert excess == pytest.approx(0.1, abs=1e-4)
     assert "0.1000" in report
-    assert "% of places" in report
+    assert "% of pixels" in report
     with_alpha = torch.cat([scene.images, torch.rand(4, 64, 64, 1)], dim=-1)
     assert MeasureFlicker.execute(with_alpha, scene.images).args[0] == 0.0
 

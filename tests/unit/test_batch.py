@@ -66,7 +66,7 @@ def test_every_job_is_done_once_on_the_servers_that_there_are(stub, run_batch, t
 
 def test_a_thousand_jobs_on_servers_that_fail_in_every_way(stub, run_batch, tmp_path: Path) -> None:
     faults = stub.Faults(
-        drop=0.01, fail=0.005, busy=0.01, cut=0.02, silent=0.01, cut_socket=0.01, hang=0.005, memory=0.01, restart=0.005
+        drop=0.01, fail=0.005, busy=0.01, cut=0.02, silent=0.01, cut_socket=0.01, hang=0.005, memory=0.01, restart=0.02
     )
     servers = [stub.Stub(faults=faults, seed=seed) for seed in range(3)]
     words = [f"t{i}" for i in range(1000)]
