@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 HOST_TESTS = ROOT / "tests" / "host"
 # What a machine may lack without a fault of ours, by the first words of the reason.
-ALLOWED_SKIPS = ("no peer packs", "no shared data", "no GPU", "this ComfyUI has no")
+ALLOWED_SKIPS = ("no peer packs", "no shared data", "no GPU", "this ComfyUI has no", "Ray is not installed")
 
 # ComfyUI owns the module name `nodes`; with the pack's root on the path the pack's folder of that name would win.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
@@ -145,7 +145,13 @@ class SkipReport:
         if whole_run and not any(item.get_closest_marker("host") for item in session.items):
             self.faults.append("none were collected below tests/host")
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._look_at(report)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._look_at(report)
+
+    def _look_at(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.skipped and not hasattr(report, "wasxfail"):
             assert isinstance(report.longrepr, tuple)
             reason = report.longrepr[2].removeprefix("Skipped: ")
