@@ -2,7 +2,7 @@
 # and in a real ComfyUI, which it finds or brings.
 #   make demo    the demo graphs in a headless ComfyUI; writes output/
 #   make test    all tests
-#   make quick   those of them that take no time, for work in between
+#   make quick   those of them that need no ComfyUI, for work in between
 #   make setup   only the environment
 #   make lint    ruff and mypy
 #   make clean   caches and output/; `make distclean` the environment, too
@@ -18,7 +18,7 @@ test:
 	@$(IN_VENV) -m pytest $(ARGS)
 
 quick:
-	@$(IN_VENV) -m pytest -m "not slow" $(ARGS)
+	@$(IN_VENV) -m pytest -m "not slow" tests/unit $(ARGS)
 
 setup:
 	@$(PYTHON) tools/setup.py
