@@ -39,6 +39,8 @@ class ScsaSettings:
         t1, t2: weights of the continuous and the sparse part in the sum; 0 leaves a part out and saves its time.
         a1: share of the semantic maps' pictures in queries and keys of the continuous part, 0..1.
         a2: share of the content in the queries of the sparse part, 0..1; the rest is the image being made.
+        strength: share of SCSA in what the block's self-attention gives, 0..1; the rest is the block's own. 1 as
+            published, below it the block's own costs what it does without SCSA.
     Raises:
         ValueError: values outside these ranges, a temperature that is not positive, weights that are not finite.
     """
@@ -48,6 +50,7 @@ class ScsaSettings:
     t2: float = 0.2
     a1: float = 0.3
     a2: float = 0.5
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and isfinite(self.temperature)):
@@ -55,7 +58,7 @@ class ScsaSettings:
         for name in ("t1", "t2"):
             if not isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
-        for name in ("a1", "a2"):
+        for name in ("a1", "a2", "strength"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is a share and must be between 0 and 1, got {getattr(self, name)}")
 

@@ -151,7 +151,7 @@ class Scsa:
     def _one_place(
         self, before: list, n: Tensor, context: Tensor, value: Tensor, extra: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The block's own self-attention is thrown away: let it be over one token."""
+        """Where the block's own self-attention is thrown away, let it be over one token."""
         layer = (*extra["block"], extra["block_index"])
         if layer not in self.prepared:
             return n, context, value
@@ -161,7 +161,7 @@ class Scsa:
                 f"MODEL merges or tiles ({', '.join(map(name_of, before))}): the two do not go together. Take that "
                 "node out, or give SCSA other blocks"
             )
-        return n[:, :1], n[:, :1], n[:, :1]
+        return (n[:, :1], n[:, :1], n[:, :1]) if self.settings.strength == 1.0 else (n, context, value)
 
     def _replace(self, n: Tensor, extra: Options) -> Tensor:
         layer = (*extra["block"], extra["block_index"])
@@ -170,7 +170,9 @@ class Scsa:
         self.fired = True
         with torch.no_grad():  # none would reach x, see attention/scsa.py
             x = self.seen.pop(layer)
-            return scsa(self._projections(layer), x, self.prepared[layer], self._order_of[layer], self.settings)
+            out = scsa(self._projections(layer), x, self.prepared[layer], self._order_of[layer], self.settings)
+        strength = self.settings.strength
+        return out if strength == 1.0 else torch.lerp(n, out, strength)
 
     def _projections(self, layer: Layer) -> SelfAttention:
         block = transformer_block(self.unet, layer)

@@ -23,6 +23,9 @@ from . import (
     nodes_paperland as paperland,
 )
 from . import (
+    nodes_picture as picture,
+)
+from . import (
     nodes_saliency as saliency,
 )
 from . import (
@@ -30,6 +33,9 @@ from . import (
 )
 from . import (
     nodes_semantix as semantix,
+)
+from . import (
+    nodes_simple as simple,
 )
 from . import (
     nodes_spin as spin,
@@ -40,7 +46,21 @@ from . import (
 
 # Imported plainly, never in a try: a family that fails to import fails the pack, so that a test notices it and not a
 # user who looks for a node that is silently missing.
-FAMILIES = (paperland, inversion, adain, maps, auto_map, semantix, scsa, spin, video, embedding, saliency)
+FAMILIES = (
+    simple,
+    paperland,
+    inversion,
+    adain,
+    maps,
+    auto_map,
+    semantix,
+    scsa,
+    spin,
+    video,
+    embedding,
+    saliency,
+    picture,
+)
 
 
 class SemanticStyleExtension(ComfyExtension):

@@ -132,6 +132,16 @@ class ApplySCSA(io.ComfyNode):
                         tooltip="Take inversions made with another checkpoint of the same architecture.",
                     )
                 ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
+                    tooltip="Share of this attention in its blocks; the rest is the blocks' own. 1 as published.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For any sampler, at the content's size.")],
         )
@@ -155,11 +165,12 @@ class ApplySCSA(io.ComfyNode):
         content_map: Inversion | None = None,
         style_map: Inversion | None = None,
         allow_other_model: bool = False,
+        strength: float = 1.0,
     ) -> io.NodeOutput:
         patch = Patch(
             Pictures(content, style, content_map, style_map),
             semantic_map,
-            ScsaSettings(temperature, t1, t2, a1, a2),
+            ScsaSettings(temperature, t1, t2, a1, a2, strength),
             parse_blocks(blocks),
             start_percent,
             end_percent,

@@ -309,6 +309,16 @@ class KSampler(io.ComfyNode):
                     "the context comes back exactly. Off as in the paper.",
                 ),
                 *_run_inputs(),
+                io.Float.Input(
+                    "adain_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much of the reference's colours AdaIN brings in, by all its steps together. 1 as "
+                    "published, 0 switches it off.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The restyled context; decode it with VAE Decode."),
@@ -347,6 +357,7 @@ class KSampler(io.ComfyNode):
         exact: bool = True,
         checkpointing: bool = False,
         allow_other_model: bool = False,
+        adain_strength: float = 1.0,
     ) -> io.NodeOutput:
         chosen = _chosen(weights, style_weight, spatial_weight, semantic_weight, position_weight)
         check_skip(context, skip)
@@ -354,7 +365,9 @@ class KSampler(io.ComfyNode):
         options: dict[str, Any] = {"checkpointing": checkpointing, "allow_other_model": allow_other_model}
         reports: list[GuidanceReport] = []
         guider = EnergyGuider(model, positive, negative, cfg, energy, **options, listen=reports.append)
-        adain = None if adain_start == 1.0 else StepAdaIN(reference, context.steps, adain_start, semantic_map)
+        adain = None
+        if adain_start < 1.0 and adain_strength > 0.0:
+            adain = StepAdaIN(reference, context.steps, adain_start, semantic_map, adain_strength)
         sampler = ReplaySampler(context, skip, exact, allow_other_model, adain)
         samples = sample(guider, sampler, mask)
         (run,) = reports

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import aiohttp
 from yarl import URL
 
-from .graph import Graph, GraphError, refusal
+from .graph import Graph, GraphError, by_node_of_the_graph, refusal
 
 HTTP_SECONDS = 30.0
 # The folder of the server's inputs that uploaded files go into.
@@ -118,8 +118,9 @@ class Api:
         return answer["prompt_id"]
 
     async def history(self, prompt_id: str) -> dict[str, Any]:
-        """What the server remembers of a run that is over: `outputs` by node, `status`; empty if nothing."""
-        return (await self._json("GET", f"/history/{prompt_id}")).get(prompt_id) or {}
+        """What the server remembers of a run that is over: `outputs` by node of its graph, `status`; or nothing."""
+        entry = (await self._json("GET", f"/history/{prompt_id}")).get(prompt_id) or {}
+        return {**entry, "outputs": by_node_of_the_graph(entry)} if entry else {}
 
     async def queued(self) -> tuple[set[str], set[str]]:
         """The ids of what is running and of what waits, of this client's and of others'."""

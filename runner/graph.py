@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,20 @@ def _weight(node: dict[str, Any]) -> float:
     return STEPPING_WEIGHT if any(known <= node["inputs"].keys() for known in STEPPING_INPUTS) else 1.0
 
 
+def by_node_of_the_graph(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs of a history entry; those of nodes that a node expanded into come under the node that is seen."""
+    meta = entry.get("meta") or {}
+    outputs: dict[str, Any] = {}
+    for node_id, output in (entry.get("outputs") or {}).items():
+        shown = (meta.get(node_id) or {}).get("display_node") or node_id
+        if shown not in outputs or not isinstance(output, dict):
+            outputs[shown] = output
+        else:
+            for kind, items in output.items():
+                outputs[shown] = {**outputs[shown], kind: [*outputs[shown].get(kind, ()), *items]}
+    return outputs
+
+
 class Tracker:
     """Turns the server's messages about one run into `Progress`."""
 
@@ -91,9 +105,11 @@ class Tracker:
         if kind == "execution_cached":
             self.done.update(data.get("nodes", []))
         elif kind in ("executing", "execution_success"):
-            if self.running is not None:
+            # A node that was expanded runs as long as what it became.
+            running = data.get("display_node") or data.get("node")
+            if self.running is not None and running != self.running:
                 self.done.add(self.running)
-            self.running = data.get("node")
+            self.running = running
             self._tell()
             return self.running is None
         elif kind == "progress":

@@ -26,7 +26,7 @@ class StepAdaIN:
         steps: of the replayed inversion.
         start: part 0..1 of those steps before the first AdaIN, 0.33 and 0.67 for thirds; 1 switches it off.
         regions: content and style maps, or None for the whole picture.
-        strength: 0..1 of the effect.
+        strength: 0..1 of the effect of all its steps together: each of n steps gets `1 - (1 - strength)^(1/n)`.
     Raises:
         ValueError: start or strength outside 0..1.
     """
@@ -47,6 +47,11 @@ class StepAdaIN:
         """The first step that it acts after, counted from 0."""
         return round(THIRDS.get(round(self.start, 2), self.start) * self.steps)
 
+    @property
+    def step_strength(self) -> float:
+        """Of a single step; there is none after the last step of the schedule."""
+        return 1.0 - (1.0 - self.strength) ** (1.0 / max(1, self.steps - 1 - self.first))
+
     def check_fits(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless latents of `shape` [B, C, *S] can take this reference's statistics, by the regions if
         there are any.
@@ -63,4 +68,4 @@ class StepAdaIN:
     def __call__(self, x: Tensor, step: int, sigma: Tensor) -> Tensor:
         if step < self.first:
             return x
-        return adain_latents(x, self.reference.at(sigma).to(x), self.regions, self.strength)
+        return adain_latents(x, self.reference.at(sigma).to(x), self.regions, self.step_strength)

@@ -19,7 +19,71 @@ class Layout:
     thumbnail: tuple[str, ...] = ()
 
 
+FAMILIES = {"sd15": "SD1.5", "sdxl": "SDXL"}
+
 LAYOUTS = {
+    "semantix_simple": Layout(
+        title="Restyle a picture (Semantix)",
+        note="The content is restyled like the style picture, each thing like its counterpart. The demo model "
+        "draws both; "
+        "nothing has to be downloaded.\n\n"
+        "Turn **style** and **structure** on **Restyle** and queue again: only the sampler runs. **i** on a node opens "
+        "its help.",
+        groups={"Pictures": [[1], [2, 3]], "Restyle": [[4]], "Results": [[5, 6], [7, 8]]},
+        thumbnail=("Content", "Style", "Restyled"),
+    ),
+    "scsa_simple": Layout(
+        title="Restyle a picture by regions (SCSA)",
+        note="Every region of the content is painted with what the style has in the region of the same colour. "
+        "The node "
+        "shows the regions after a run.\n\n"
+        "Turn **pattern**: 0 takes over colours, 1 patterns. Disconnect both colour pictures and the model "
+        "finds regions "
+        "by itself.",
+        groups={"Pictures": [[1], [2, 3]], "Restyle by regions": [[4]], "Results": [[5, 6], [7]]},
+        thumbnail=("Content", "Style", "Restyled"),
+    ),
+    "spin_simple": Layout(
+        title="Paint a subject into a picture (Spin)",
+        note="The reference's sun is learnt as a word, once, and painted into the mask of a landscape that has "
+        "none.\n\n"
+        "Turn **blend** for more of the background's colours, **seed** for another picture, **variants** for several.",
+        groups={"Pictures": [[1], [2, 3, 4]], "Paint": [[5]], "Results": [[6, 7], [8]]},
+        thumbnail=("Reference", "Background", "Painted"),
+    ),
+    **{
+        f"semantix_simple_{family}": Layout(
+            title=f"Restyle a picture with {name} (Semantix)",
+            note="Choose a checkpoint and two pictures of any size, and write what the content shows. It is "
+            "restyled like "
+            "the style picture, each thing like its counterpart.\n\n"
+            "Turn **style** and **structure** and queue again: only the sampler runs. **i** on a node opens its help.",
+            groups={"Pictures": [[1], [2, 3]], "Restyle": [[4]], "Results": [[5, 6]]},
+        )
+        for family, name in FAMILIES.items()
+    },
+    **{
+        f"scsa_simple_{family}": Layout(
+            title=f"Restyle a picture by regions with {name} (SCSA)",
+            note="Choose a checkpoint and two pictures of any size. The model finds regions that both share; "
+            "the node shows "
+            "them after a run, and each is painted with what the style has there.\n\n"
+            "Are the regions wrong, connect two pictures that have them painted in the same colours.",
+            groups={"Pictures": [[1], [2, 3]], "Restyle by regions": [[4]], "Results": [[5]]},
+        )
+        for family, name in FAMILIES.items()
+    },
+    **{
+        f"spin_simple_{family}": Layout(
+            title=f"Paint a subject into a picture with {name} (Spin)",
+            note="Choose a checkpoint, a picture of the subject and a background; paint the background's mask "
+            "(right click: "
+            "Open in MaskEditor). Write what the subject is and what the background shows.\n\n"
+            "The subject is learnt once; **subject**, **blend** and **seed** only sample again.",
+            groups={"Pictures": [[1], [2, 3]], "Paint": [[4]], "Results": [[5, 6]]},
+        )
+        for family, name in FAMILIES.items()
+    },
     "paperland_text_to_image": Layout(
         title="Text to image with Paperland",
         note="The demo model of this pack draws paper-cut landscapes from captions; nothing has to be downloaded.\n\n"
@@ -123,7 +187,7 @@ LAYOUTS = {
         },
     ),
     "semantix_image": Layout(
-        title="Semantix: style transfer between two scenes",
+        title="Semantix: style transfer between two scenes, in parts",
         note="Both scenes are inverted (DDPM). **Restyle** makes the context again, while an energy draws each place "
         "to its match in the reference; **Restyle region by region** looks for it in the same region only.\n\n"
         "Turn **style_weight** and **spatial_weight** and look at **What the terms did**. Queueing again is faster: "
@@ -151,7 +215,7 @@ LAYOUTS = {
         thumbnail=("AdaIN only", "Without the style term", "Without the spatial term", "All terms"),
     ),
     "semantix_video": Layout(
-        title="Semantix: style transfer to a moving scene",
+        title="Semantix: style transfer to a moving scene, in parts",
         note="The frames are a batch, inverted and restyled together with the weights **published for video**; the one "
         "reference serves all of them.\n\n"
         "For longer or larger clips lower **frames** first to see how long one takes.",
@@ -164,7 +228,7 @@ LAYOUTS = {
         thumbnail=("Context", "Reference", "Restyled"),
     ),
     "semantix_image_sd15": Layout(
-        title="Semantix: style transfer with SD1.5",
+        title="Semantix: style transfer with SD1.5, in parts",
         note="Choose a checkpoint and two pictures, and write what the context shows. Any SD1.x, SD2.x or SDXL "
         "checkpoint does (SDXL: scale to 1024).\n\n"
         "More **style_weight**: more of the reference's look. More **spatial_weight**: more of the context's shapes. "
@@ -177,7 +241,7 @@ LAYOUTS = {
         },
     ),
     "semantix_video_sd15": Layout(
-        title="Semantix: style transfer to a video with SD1.5",
+        title="Semantix: style transfer to a video with SD1.5, in parts",
         note="Choose a checkpoint, a video and a picture, and write what the video shows. Frame by frame as it is; for "
         "frames that know each other put **AnimateDiff-Evolved** (*Apply AnimateDiff Model*, *Use Evolved Sampling*) "
         "behind the checkpoint and connect its MODEL to both inversions and to **Restyle**.",
@@ -189,7 +253,7 @@ LAYOUTS = {
         },
     ),
     "scsa_colors": Layout(
-        title="SCSA: region by region, with colour maps",
+        title="SCSA: region by region, with colour maps, in parts",
         note="Both scenes and the pictures of their regions are inverted (DDIM), as one batch. **SCSA** lets every "
         "region of the content be painted with what the style has in the same region; equal colours in the two maps "
         "are the same region. It begins with the content's noise, whose regions take the statistics of the style's, "
@@ -205,7 +269,7 @@ LAYOUTS = {
         thumbnail=("Content", "Style", "Restyled"),
     ),
     "scsa_auto": Layout(
-        title="SCSA: region by region, with an automatic map",
+        title="SCSA: region by region, with an automatic map, in parts",
         note="As with colour maps, but the regions are found by the model itself: places of both pictures whose "
         "features are alike are one region.\n\n"
         "Look at **Regions**: another **seed**, or a number of **regions**, on **Regions found by the model** gives "
@@ -233,7 +297,7 @@ LAYOUTS = {
         thumbnail=("Context", "Reference", "Restyled by both"),
     ),
     "scsa_colors_sd15": Layout(
-        title="SCSA with SD1.5 and colour maps",
+        title="SCSA with SD1.5 and colour maps, in parts",
         note="Choose a checkpoint, two pictures, and for each a picture of its regions: equal colours are the same "
         "region, smooth borders and JPEG do no harm. The four are inverted as one batch.\n\n"
         "Look at **Regions** first. 50 steps, empty prompt and CFG 1 as published; **temperature** and **end_percent** "
@@ -248,7 +312,7 @@ LAYOUTS = {
         },
     ),
     "scsa_auto_sd15": Layout(
-        title="SCSA with SD1.5 and an automatic map",
+        title="SCSA with SD1.5 and an automatic map, in parts",
         note="Choose a checkpoint and two pictures. The regions are found by the checkpoint itself: places of both "
         "pictures whose features are alike.\n\n"
         "Look at **Regions**: another **seed** or number of **regions** gives other ones. 50 steps, empty prompt and "
@@ -275,7 +339,7 @@ LAYOUTS = {
         },
     ),
     "spin_insert": Layout(
-        title="Spin: a thing of one scene into another",
+        title="Spin: a thing of one scene into another, in parts",
         note="The reference's sun is learnt as a word; **Spin** lets the white part of the mask attend to that word, "
         "all else to the background's caption. **Fit in with the background** is an energy that draws the inside to "
         "the background's look.\n\n"
@@ -292,7 +356,7 @@ LAYOUTS = {
         thumbnail=("Reference", "Background", "Painted in"),
     ),
     "spin_insert_text": Layout(
-        title="Spin: the learnt thing in other words",
+        title="Spin: the learnt thing in other words, in parts",
         note="The word that was learnt can be said in prompts, as `embedding:paperland_sun`, and other words beside "
         "it change the thing: the more of them, the more. **Words for...** put both together.\n\n"
         "Change the words there, or say the embedding in any caption of your own.",
@@ -322,7 +386,7 @@ LAYOUTS = {
         thumbnail=("Reference", "Background", "Painted in", "Restyled"),
     ),
     "spin_insert_sd15": Layout(
-        title="Spin with SD1.5: a picture's subject into another",
+        title="Spin with SD1.5: a picture's subject into another, in parts",
         note="Choose a checkpoint, the reference and the background, and paint the place into the background (right "
         "click on it, *Open in MaskEditor*). Say in **class_word** what the subject is, and what the background "
         "shows.\n\n"
@@ -337,7 +401,7 @@ LAYOUTS = {
         },
     ),
     "spin_insert_text_sd15": Layout(
-        title="Spin with SD1.5: the learnt subject in other words",
+        title="Spin with SD1.5: the learnt subject in other words, in parts",
         note="Choose a checkpoint, the reference and the background, and paint the place into the background (right "
         "click on it, *Open in MaskEditor*). **Words before it** and the learnt word are the prompt of the inside: a "
         "red one, a wooden one.\n\n"

@@ -52,7 +52,13 @@ MODELS = {
         "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
         "v1-5-pruned-emaonly-fp16.safetensors?download=true",
         "directory": "checkpoints",
-    }
+    },
+    "sd_xl_base_1.0.safetensors": {
+        "name": "sd_xl_base_1.0.safetensors",
+        "url": "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/"
+        "sd_xl_base_1.0.safetensors?download=true",
+        "directory": "checkpoints",
+    },
 }
 
 THUMBNAIL = 400

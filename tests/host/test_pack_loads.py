@@ -40,6 +40,8 @@ NODE_IDS = {
     "SemanticStyleSemantixEnergy",
     "SemanticStyleSpinEmbedding",
     *("SemanticStyleApplySpin", "SemanticStyleKeepBackground", "SemanticStyleSpinStyleEnergy"),
+    *("SemanticStyleSemantixRestyle", "SemanticStyleSCSARestyle", "SemanticStyleSpinPaint"),
+    *("SemanticStyleFitPicture", "SemanticStyleOriginalSize", "SemanticStyleListItem"),
 }
 
 
@@ -72,11 +74,25 @@ PASSED = {
     ("SemanticStyleReplay", "latent"): "start",
     ("SemanticStyleSaliency", "preview"): "image",
     ("SemanticStyleSpinEmbedding", "report"): "image",
+    ("SemanticStyleFitPicture", "image"): "image",
+    ("SemanticStyleFitPicture", "mask"): "mask",
+    ("SemanticStyleFitPicture", "original"): "image",
+    ("SemanticStyleOriginalSize", "image"): "image",
+    ("SemanticStyleListItem", "item"): "items",
+    ("SemanticStyleSemantixRestyle", "image"): "content",
+    ("SemanticStyleSemantixRestyle", "plot"): "content",
+    ("SemanticStyleSCSARestyle", "image"): "content",
+    ("SemanticStyleSCSARestyle", "map_preview"): "content",
+    ("SemanticStyleSpinPaint", "image"): "background",
+    ("SemanticStyleSpinPaint", "plot"): "background",
     # Values of widgets: the frontend takes those, too. The last three mean nothing, and no order would keep them back.
     ("SemanticStyleSpinEmbedding", "embedding"): "class_word",
     ("SemanticStyleFlicker", "excess"): "still",
     ("SemanticStylePaperlandEncode", "unknown"): "caption",
     ("SemanticStyleSaveInversion", "file"): "filename_prefix",
+    ("SemanticStyleSemantixRestyle", "report"): "prompt",
+    ("SemanticStyleSpinPaint", "word"): "class_word",
+    ("SemanticStyleSpinPaint", "report"): "class_word",
 }
 
 
@@ -165,7 +181,11 @@ def test_inputs_that_few_need_can_be_folded_away(comfy_client, schemas: dict) ->
     info = comfy_client.object_info()
     given = [spec for name in schemas for group in info[name]["input"].values() for spec in group.items()]
     folded = {name for name, (_, *told) in given if told and told[0].get("advanced")}
-    assert folded == {"allow_other_model", "checkpointing", "batch_steps", "refine", "smallest", "gaps"}
+    assert folded == {"allow_other_model", "checkpointing", "batch_steps", "refine", "smallest", "gaps"} | {
+        "cfg",
+        "learning_rate",
+        "side",
+    }
 
 
 def test_the_server_s_log_has_no_complaint_about_the_pack(comfy_server) -> None:

@@ -25,7 +25,7 @@ API = ROOT / "workflows" / "api"
 SECONDS = 400
 # SaveImage cuts to 8 bits, so that a value and its equal up to rounding may be a level apart.
 ONE_LEVEL = 1.01 / 255
-SD15 = tuple(sorted(path.stem for path in API.glob("*_sd15.json")))
+SD = tuple(sorted(path.stem for family in ("sd15", "sdxl") for path in API.glob(f"*_{family}.json")))
 FLOW = tuple(sorted(path.stem for path in API.glob("*_flow*.json")))
 PHOTOS = ("10.jpg", "10_paint.jpg")
 
@@ -313,7 +313,7 @@ def refusals(address: str, graph: Graph) -> dict[str, set[str]]:
         return {n: {e["extra_info"].get("input_name", "") for e in entry["errors"]} for n, entry in found.items()}
 
 
-@pytest.mark.parametrize("name", SD15 + FLOW)
+@pytest.mark.parametrize("name", SD + FLOW)
 def test_a_graph_for_own_files_lacks_nothing_but_them(comfy_server, name: str) -> None:
     graph = load(name)
     asked = {"CheckpointLoaderSimple": {"ckpt_name"}, "LoadImage": {"image"}, "LoadVideo": {"file"}}

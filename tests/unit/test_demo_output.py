@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from semantic_style.demo import run, sheet
-from semantic_style.runner.graph import GraphError, GraphInterrupted, Progress, Tracker, node_title, progress_of
+from semantic_style.runner.graph import (
+    GraphError,
+    GraphInterrupted,
+    Progress,
+    Tracker,
+    by_node_of_the_graph,
+    node_title,
+    progress_of,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -95,6 +103,26 @@ def test_messages_become_progress() -> None:
     assert not tracker.take("executing", {"node": "2"})
     assert tracker.take("executing", {"node": None})
     assert [(p.title, p.fraction) for p in seen] == [("A", 0.0), ("A", 0.25), ("Bee", 0.5), ("", 1.0)]
+
+
+def test_a_node_that_expands_runs_as_long_as_what_it_became() -> None:
+    seen: list[Progress] = []
+    tracker = Tracker(GRAPH, seen.append)
+    for inner in ("1", "1.0.0.sample", "1.0.0.decode"):
+        tracker.take("executing", {"node": inner, "display_node": "1"})
+    tracker.take("progress", {"value": 3, "max": 6, "node": "1.0.0.decode"})
+    assert [(p.title, p.fraction) for p in seen] == [("A", 0.0)] * 3 + [("A", 0.25)]
+    tracker.take("executing", {"node": "2", "display_node": "2"})
+    assert (seen[-1].title, seen[-1].fraction) == ("Bee", 0.5)
+
+
+def test_outputs_of_inner_nodes_come_under_the_node_that_is_seen() -> None:
+    entry = {
+        "outputs": {"1.0.0.a": {"images": [1]}, "1.0.0.b": {"images": [2], "text": ["x"]}, "2": {"images": [3]}},
+        "meta": {key: {"display_node": "1"} for key in ("1.0.0.a", "1.0.0.b")},
+    }
+    expected = {"1": {"images": [1, 2], "text": ["x"]}, "2": {"images": [3]}}
+    assert by_node_of_the_graph(entry) == expected
 
 
 def test_nodes_that_step_are_most_of_the_progress() -> None:

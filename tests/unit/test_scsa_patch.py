@@ -163,6 +163,22 @@ def test_blocks_take_scsa_of_what_enters_them(unet, settings):
     assert "attn1_patch" not in base["patches"]
 
 
+def test_strength_mixes_scsa_with_the_block_s_own_attention(unet):
+    layer = self_attention_layers(unet)[-1]
+    references, x = read(unet, (layer,), latents()), random(1, 48, *SIZE, seed=9)
+    plain, given = call(unet, x), {}
+    for strength in (0.0, 0.25, 1.0):
+        after = []
+        watch = {"patches": {"attn1_output_patch": [lambda n, extra, after=after: after.append(n) or n]}}
+        with block_inputs(unet, (layer,)) as seen:
+            patch = Scsa(unet, (layer,), label_maps(), ScsaSettings(strength=strength), seen)
+            patch.at_level(*references)
+            out = call(unet, x, patch.options(watch))
+        given[strength] = after[-1]
+        assert torch.equal(out, plain) == (strength == 0.0)
+    torch.testing.assert_close(given[0.25], torch.lerp(given[0.0], given[1.0], 0.25))
+
+
 def test_one_map_picture_serves_a_batch(unet):
     layers = self_attention_layers(unet)
     content, style, content_map, style_map = latents()
