@@ -34,8 +34,6 @@ NO_MAP, AUTOMATIC = "none", "automatic"
 MOST_STYLE = 9.0
 SPATIAL, SEMANTIC, POSITION = 0.6, 2 / 3, 3.0
 MOST_BLEND = 2.0
-# Noisy steps that SCSA leaves out (StyleID: the one at the highest level).
-SKIP = 1
 SPIN_SCHEDULER = "ddim_uniform"
 TEMPLATE = "a photo of <it>"
 # Part of an edge over which a painted part fades into the original, of the picture's longer side.
@@ -170,7 +168,7 @@ class SemantixRestyle(io.ComfyNode):
                     tooltip="What the content shows, in a few words, such as: a river between mountains. The better it "
                     "fits, the better the shapes are kept.",
                 ),
-                _slider("style", 0.5, "How much of the style comes in: 0 is the content as it is, 1 the most."),
+                _slider("style", 0.75, "How much of the style comes in: 0 is the content as it is, 1 the most."),
                 _slider("structure", 0.5, "How firmly shapes and things stay what they are."),
                 _steps(60, "Noise levels: 60 as published. 20 to 30 are faster and a little coarser."),
                 _seed("Another seed, another result of the same kind. It inverts the pictures anew."),
@@ -311,7 +309,7 @@ class SCSARestyle(io.ComfyNode):
                 _slider("style", 1.0, "How much of the style comes in: 0 is the content as it is, 1 the most."),
                 _slider(
                     "pattern",
-                    0.2,
+                    0.5,
                     "What is taken over: 0 colours and light, 1 patterns and brush strokes. 0.2 as published.",
                 ),
                 _steps(50, "Noise levels: 50 as published. 20 to 25 are faster and a little coarser."),
@@ -418,15 +416,23 @@ class SCSARestyle(io.ComfyNode):
             strength=style,
             vae=inner.vae,
         ).out(0)
+        skip = skipped_steps(style, steps)
         noisy = {
-            side: inner.add(InversionLatent, f"{side} at the start", inversion=one, step=SKIP).out(0)
+            side: inner.add(InversionLatent, f"{side} at the start", inversion=one, step=skip).out(0)
             for side, one in inverted.items()
         }
         start = inner.add(AdaIN, "colours of the regions", **noisy, strength=style, semantic_map=maps).out(0)
-        replay = inner.add(Replay, "replay", inversion=inverted["content"], skip=SKIP, start=start)
+        replay = inner.add(Replay, "replay", inversion=inverted["content"], skip=skip, start=start)
         guider = inner.add("CFGGuider", "guider", model=painted, positive=empty, negative=empty, cfg=1.0).out(0)
         image = inner.decoded(inner.sampled(replay.out(0), guider, *(replay.out(i) for i in (1, 2, 3))), picture)
         return inner.output(image, preview.out(0), preview.out(1) if report is None else report)
+
+
+def skipped_steps(style: float, steps: int) -> int:
+    """Noisy steps that SCSA leaves out: the one at the highest level at style 1, as StyleID; nine tenths near 0, where
+    a run from the highest level would lose the content.
+    """
+    return min(steps - 1, 1 + round(0.9 * (1.0 - style) * (steps - 1)))
 
 
 def _check_regions(content_colors, style_colors, content_masks, style_masks, semantic_map) -> None:

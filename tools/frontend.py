@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import time
 import urllib.request
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,12 @@ FLAGS = (
 )
 WINDOW = {"width": 1720, "height": 1000}
 READY_MILLISECONDS = 120_000
-# Settings whose defaults put a dialog over the graph: the welcome, and a list of models to download.
-QUIET = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+# Settings whose defaults put something over the graph: the welcome, a list of models to download, the map.
+QUIET = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.Minimap.Visible": False,
+}
 
 READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.SaveImage"
 # Values cross to Python as text: playwright would turn every `undefined` into null, which is no valid workflow.
@@ -44,6 +49,10 @@ SELECT = """(type) => {
     app.canvas.deselectAll();
     app.canvas.selectNode(app.graph.nodes.find(node => node.type === type));
     app.canvas.setDirty(true, true);
+}"""
+WAITING = """async () => {
+    const queue = await (await fetch("/queue")).json();
+    return queue.queue_running.length + queue.queue_pending.length;
 }"""
 DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
 SETTLE_MILLISECONDS = 700
@@ -82,6 +91,16 @@ class Frontend:
     def select(self, kind: str) -> None:
         """Select the first node of a type."""
         self.page.evaluate(SELECT, kind)
+
+    def run(self, seconds: float) -> None:
+        """Run the open graph as the Run button would, and wait until nothing is queued and its pictures are shown."""
+        self.page.evaluate("async () => { await app.queuePrompt(0); }")
+        end = time.monotonic() + seconds
+        while self.page.evaluate(WAITING):
+            if time.monotonic() > end:
+                raise TimeoutError(f"the graph was not done after {seconds:g} seconds")
+            self.page.wait_for_timeout(500)
+        self.page.wait_for_load_state("networkidle")
 
     def messages(self) -> list[str]:
         """The texts of the toasts and dialogs that are open."""

@@ -4,6 +4,7 @@ Each graph is loaded by ComfyUI's real frontend, laid out (see layouts.py), give
 still is the same graph, and saved as workflows/NAME.json. Then it is run, and the pictures it makes become
 workflows/NAME.jpg. Where the server lacks the files that a graph asks the user for, the thumbnail is a view of the
 graph. --views FOLDER also saves how each graph looks when it is opened; --no-run leaves the thumbnails alone.
+--screens FOLDER does nothing but run graphs in the browser and save there how they look after it.
 
 Needs ComfyUI, Chromium and playwright (the extra `browser`).
 """
@@ -39,6 +40,8 @@ PICTURES = ("SaveImage", "PreviewImage", "LoadImage", "LoadVideo")
 ANIMATION_HEIGHT = 430
 # A subject's preview has more of them.
 SUBJECT_HEIGHT = 560
+# What a simple node shows of its regions below its settings.
+REGIONS_HEIGHT = 220
 # Pixels of an ordinary window that are left to the graph beside the frontend's bars, which newer versions lay over the
 # canvas, and the smallest scale at which titles are written.
 VIEW = (1540, 800)
@@ -67,6 +70,11 @@ PAPER = (250, 247, 240)
 EDGE = 8
 # Of the side, for two and for three pictures that overlap.
 SHARES = {1: 1.0, 2: 0.64, 3: 0.5, 4: 0.5}
+RUN_SECONDS = 600
+# So long the frontend shows that a run is done.
+TOAST_MILLISECONDS = 8000
+# Where nothing of the frontend lies over the canvas.
+FREE_CORNER = (100, 150)
 # Pixels of a view that a thumbnail shows.
 DETAIL, DETAIL_TOP = 620, 190
 
@@ -116,6 +124,8 @@ def _size(node: Graph) -> list[int]:
     width, height = (round(side) for side in node["size"])
     if node["type"] in ("SaveAnimatedWEBP", "SemanticStylePreviewMap"):
         height = ANIMATION_HEIGHT
+    elif node["type"] == "SemanticStyleSCSARestyle":
+        height += REGIONS_HEIGHT
     elif node["type"] == "SemanticStyleSaliency":
         height = SUBJECT_HEIGHT
     elif node["type"] in PICTURES:
@@ -250,16 +260,46 @@ def make(names: list[str], views: Path | None, run: bool) -> None:
                 print(f"workflows/{name}.jpg: {len(pictures)} pictures")
 
 
+def screens(names: list[str], folder: Path) -> None:
+    """Graphs of workflows/ as the user sees them after a run, without the frontend's bars: FOLDER/graph_NAME.png."""
+    load_pack()
+    from semantic_style.runner import locate
+    from semantic_style.runner.launch import comfy_server
+
+    host = locate.find_host(ROOT)
+    if host is None:
+        sys.exit(f"ComfyUI is needed: {locate.NO_HOST}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with comfy_server(host, ROOT) as server, open_frontend(server.address) as frontend:
+        for name in names:
+            graph = json.loads((UI / f"{name}.json").read_text(encoding="utf-8"))
+            graph["extra"]["ds"] = {"scale": 1.0, "offset": list(FREE_CORNER)}
+            frontend.load(graph)
+            frontend.run(RUN_SECONDS)
+            frontend.page.wait_for_timeout(TOAST_MILLISECONDS)
+            boxes = [group["bounding"] for group in graph["groups"]]
+            right, bottom = max(x + w for x, _, w, _ in boxes), max(y + h for _, y, _, h in boxes)
+            (left, top), path = FREE_CORNER, folder / f"graph_{name}.png"
+            around = (left - EDGE, top - EDGE, round(left + right) + EDGE, round(top + bottom) + EDGE)
+            frontend.view().crop(around).save(path, optimize=True)
+            print(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="graphs to make; all by default")
     parser.add_argument("--views", type=Path, metavar="FOLDER", help="save there how each graph looks when opened")
     parser.add_argument("--no-run", action="store_true", help="leave the thumbnails as they are")
+    parser.add_argument(
+        "--screens", type=Path, metavar="FOLDER", help="save there how they look after a run, only that"
+    )
     options = parser.parse_args()
     if missing := why_no_browser():
         sys.exit(missing)
     if unknown := set(options.names) - LAYOUTS.keys():
         sys.exit(f"no such graph: {', '.join(sorted(unknown))}; there are {', '.join(LAYOUTS)}")
+    if options.screens is not None:
+        return screens(options.names, options.screens)
     make(options.names or list(LAYOUTS), options.views, not options.no_run)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from semantic_style.host.picture_size import as_rgb, fitted_size, resized
+from semantic_style.nodes.nodes_simple import skipped_steps
 from semantic_style.runner import client as runner_client
 from semantic_style.runner.client import Client
 from semantic_style.runner.graph import Graph, GraphError
@@ -223,3 +224,10 @@ def test_alpha_is_laid_on_white_and_grey_becomes_colour() -> None:
     same = torch.rand(1, 8, 8, 3)
     assert resized(same, (8, 8)) is same
     assert resized(same, (4, 16)).shape == (1, 4, 16, 3)
+
+
+def test_less_style_skips_more_steps() -> None:
+    skipped = [skipped_steps(style, 50) for style in (1.0, 0.75, 0.5, 0.25, 0.01)]
+    assert skipped == sorted(set(skipped))
+    assert (skipped[0], skipped[-1]) == (1, 45)
+    assert skipped_steps(0.01, 2) == 1
