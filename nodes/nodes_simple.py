@@ -33,7 +33,7 @@ NO_MAP, AUTOMATIC = "none", "automatic"
 # What the sliders stand for at 1: the strongest that kept pictures whole on Paperland (docs/sliders.md).
 MOST_STYLE = 9.0
 SPATIAL, SEMANTIC, POSITION = 0.6, 2 / 3, 3.0
-MOST_BLEND = 2.0
+MOST_BLEND = 5.0
 SPIN_SCHEDULER = "ddim_uniform"
 TEMPLATE = "a photo of <it>"
 # Part of an edge over which a painted part fades into the original, of the picture's longer side.
@@ -472,7 +472,7 @@ class SpinPaint(io.ComfyNode):
                     tooltip="What the background shows, in a few words, with its style: an oil painting of a meadow.",
                 ),
                 _slider("subject", 1.0, "How much of the subject is painted in: 0 is the background as it is."),
-                _slider("blend", 0.25, "How much the subject takes the background's colours and texture; 0 off."),
+                _slider("blend", 0.2, "How much the subject takes the background's colours and texture; 0 off."),
                 io.Int.Input(
                     "learning_steps",
                     default=200,
