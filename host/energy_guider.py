@@ -77,7 +77,7 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         """
         check_energy(self.model_patcher, self.energy, noise.shape, self.allow_other_model)
         check_prompts(self.original_conds.get("positive", ()))
-        report = GuidanceReport()
+        report = GuidanceReport(notes=notes(self.energy, noise.shape))
         self._run = _GuidedRun(self, report)
         leave_step_caches(self)
         try:
@@ -288,6 +288,11 @@ def check_energy(model: "ModelPatcher", energy: Energy, shape: torch.Size, allow
         term.check_fits(shape)
 
 
+def notes(energy: Energy, shape: torch.Size) -> list[str]:
+    """What a user should know of the terms that have a weight, on latents of `shape`, each once."""
+    return list(dict.fromkeys(note for term in energy.terms if term.weight > 0 for note in term.notes(tuple(shape))))
+
+
 def check_prompts(positive: Iterable[dict[str, Any]]) -> None:
     """Raise ValueError where a positive prompt (the guider's form) is for an area of the picture."""
     if of_areas(positive):
@@ -301,6 +306,8 @@ def check_prompts(positive: Iterable[dict[str, Any]]) -> None:
 def _tell(report: GuidanceReport, energy: Energy) -> None:
     """One line about the run, and a warning where its guidance did nothing."""
     logging.info(summary(report))
+    for note in report.notes:
+        logging.info("Semantic Style: %s.", note)
     if reason := why_nothing(report, energy):
         logging.warning("Semantic Style: %s", reason)
 
