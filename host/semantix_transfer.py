@@ -118,8 +118,8 @@ def describe(
         prompts: CONDITIONING "positive" and "negative" of the run.
         samples: what came out, in the host's coordinates.
     """
-    context, adain = sampler.inversion, sampler.adain
-    said = "off" if adain is None else f"from step {adain.first + 1} of {context.steps} on"
+    context = sampler.inversion
+    said = ", ".join(f"from step {adain.first + 1} of {context.steps} on" for adain in sampler.adains) or "off"
     lines = [
         f"Semantix: {context.steps - sampler.skip} steps, CFG {guider.cfg:g}, weights style {weights.style:g}, spatial "
         f"{weights.spatial:g}, semantic {weights.semantic:g}, position {weights.position:g}; AdaIN {said}",

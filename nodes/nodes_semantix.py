@@ -391,17 +391,9 @@ class KSampler(io.ComfyNode):
         options: dict[str, Any] = {"checkpointing": checkpointing, "allow_other_model": allow_other_model}
         reports: list[GuidanceReport] = []
         guider = EnergyGuider(model, positive, negative, cfg, energy, **options, listen=reports.append)
-        adain = None
-        if adain_start != 1.0:
-            adain = StepAdaIN(
-                reference,
-                context.steps,
-                adain_start,
-                semantic_map,
-                content_mask=where.content,
-                style_mask=where.style,
-            )
-        sampler = ReplaySampler(context, skip, exact, allow_other_model, adain)
+        adain = StepAdaIN(reference, context.steps, adain_start, semantic_map, 1.0, where.content, where.style)
+        adains = () if adain_start == 1.0 else (adain,)
+        sampler = ReplaySampler(context, skip, exact, allow_other_model, adains)
         samples = sample(guider, sampler, mask)
         (run,) = reports
 

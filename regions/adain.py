@@ -73,6 +73,8 @@ def region_adain(
     _check_pair(content, style, strength)
     _check_region_shapes(content, content_labels, "content")
     _check_region_shapes(style, style_labels, "style")
+    _check_mask_shapes(content, content_mask, "content")
+    _check_mask_shapes(style, style_mask, "style")
     if min_tokens < 1:
         raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
     c, s = _flat(content), _flat(style)
@@ -228,4 +230,12 @@ def _check_region_shapes(x: Tensor, labels: Tensor, name: str) -> None:
         raise ValueError(
             f"{name} labels {list(labels.shape)} do not fit {name} {list(x.shape)}: expected [{len(x)} or 1, "
             f"{x.shape[2]}, {x.shape[3]}]; resample_labels brings them to that grid"
+        )
+
+
+def _check_mask_shapes(x: Tensor, mask: Tensor | None, name: str) -> None:
+    if mask is not None and (mask.shape[1:] != x.shape[2:] or len(mask) not in (1, len(x))):
+        raise ValueError(
+            f"{name}_masks {list(mask.shape)} do not fit {name} {list(x.shape)}: one is needed, or one for each of "
+            f"{len(x)}, on the grid {list(x.shape[2:])}"
         )

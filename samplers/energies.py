@@ -60,13 +60,12 @@ def style_feature_energy(out: Tensor, reference: Tensor, matches: Tensor, mask: 
     return _distance(rearrange(unit(out), "b c h w -> b c (h w)"), matched, mask)
 
 
-def spatial_feature_energy(out: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Spatial feature guidance `F_c = sum_i mask[i] (1 - cos(f_out[i], sg f_c[i]))`.
+def spatial_feature_energy(out: Tensor, context: Tensor) -> Tensor:
+    """Spatial feature guidance `F_c = sum_i 1 - cos(f_out[i], sg f_c[i])`.
 
     Args:
         out: [B, C, h, w] features of the image that is being made.
         context: [B or 1, C, h, w]; no gradient flows to it.
-        mask: [B or 1, h, w], how much each position counts; None for all alike.
     Returns:
         [B], in float32 at least.
     Raises:
@@ -79,19 +78,17 @@ def spatial_feature_energy(out: Tensor, context: Tensor, mask: Tensor | None = N
             f"and must have the "
             "same grid; give the context the size of the image that is made"
         )
-    return _distance(unit(out), unit(context.detach()), mask)
+    return _distance(unit(out), unit(context.detach()))
 
 
-def semantic_distance(out_map: Tensor, context_map: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Semantic distance `F_reg = sum_i mask[i] |A_out[i] - sg A_c[i]|^2` of cross-attention maps, without the first
-    token.
+def semantic_distance(out_map: Tensor, context_map: Tensor) -> Tensor:
+    """Semantic distance `F_reg = sum_i |A_out[i] - sg A_c[i]|^2` of cross-attention maps, without the first token.
 
     Our reading: the available text names it as a regulariser, without a formula.
 
     Args:
         out_map: [B, P, T], share of attention that each of P positions gives each of T tokens, in the image being made.
         context_map: [B or 1, P, T]; no gradient flows to it.
-        mask: [B or 1, ...] of P values, how much each position counts; None for all alike.
     Returns:
         [B], in float32 at least.
     Raises:
@@ -101,8 +98,7 @@ def semantic_distance(out_map: Tensor, context_map: Tensor, mask: Tensor | None 
     dtype = torch.promote_types(out_map.dtype, torch.float32)
     # The first token is the start-of-text token: it takes most of the attention and names nothing.
     change = (out_map.to(dtype) - context_map.detach().to(dtype))[..., 1:]
-    squares = change.square()
-    return (squares if mask is None else squares * mask.flatten(1)[..., None].to(dtype)).sum(dim=(1, 2))
+    return change.square().sum(dim=(1, 2))
 
 
 def check_features(out: Tensor, other: Tensor, name: str) -> None:
@@ -122,7 +118,7 @@ def check_features(out: Tensor, other: Tensor, name: str) -> None:
         raise ValueError(f"one {name} is needed or one for each image: got {len(out)} images and {len(other)}")
 
 
-def _distance(f: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+def _distance(f: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Sum over positions of `1 - cos` of unit vectors, [B, C, ...] each, weighted by a mask [B or 1, ...] -> [B]."""
     squares = (f - target).square()
     if mask is not None:

@@ -50,25 +50,17 @@ def semantix_energy(
         context: what keeps its place. reference: what gives the style.
         start, end: the part of the run in which the terms act, 0 the noisiest level, 1 the last.
         regions: content and style maps that the matches keep to, or None.
-        content_mask: [1 or B, H, W], where in the picture all three terms act and how much; None for everywhere. So
-            the energies of two references with masks that share the picture weigh together what one weighs.
+        content_mask: [1 or B, H, W], where in the picture the style term acts and how much; None for everywhere. The
+            other terms act everywhere and hold what is outside, which changed 1.2 and 2.7 times as much with all three
+            masked (two Paperland scenes): what is pulled inside reaches over the edge.
         style_mask: [1 or B', H, W], where in the reference matches are looked for; None for everywhere.
     Raises:
         ValueError: a range that makes no sense, a mask that is empty or none.
     """
     return Energy(
         (
-            StyleTerm(
-                reference,
-                weights.style,
-                start,
-                end,
-                weights.position,
-                regions,
-                content_mask=content_mask,
-                style_mask=style_mask,
-            ),
-            SpatialTerm(context, weights.spatial, start, end, content_mask=content_mask),
-            SemanticTerm(context, weights.semantic, start, end, content_mask=content_mask),
+            StyleTerm(reference, weights.style, start, end, weights.position, regions, content_mask, style_mask),
+            SpatialTerm(context, weights.spatial, start, end),
+            SemanticTerm(context, weights.semantic, start, end),
         )
     )

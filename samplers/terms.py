@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -111,21 +111,32 @@ class Term(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class PositionTerm(Term):
-    """A sum over the positions of the picture being made.
+class StyleTerm(Term):
+    """`F_ref`: every position takes the features of its semantic match in the reference.
 
     Attributes:
+        position_weight: lambda of the position code in the match.
+        regions: content and style maps that the match keeps to, or None.
         content_mask: [1 or B, H, W] in 0..1, at any resolution: how much each position counts; None for all alike.
+        style_mask: [1 or B', H, W] of the B' references in 0..1, at any resolution: only there is looked for matches,
+            for those of a region that has nothing there in all of it. None for everywhere.
     Raises:
-        ValueError: also masks that are all empty, or no mask.
+        ValueError: also masks that are empty, or none.
     """
 
-    content_mask: Tensor | None = field(default=None, kw_only=True)
+    position_weight: float = 3.0
+    regions: SemanticMap | None = None
+    content_mask: Tensor | None = None
+    style_mask: Tensor | None = None
+
+    name: ClassVar[str] = "style"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.content_mask is not None:
             object.__setattr__(self, "content_mask", as_mask(self.content_mask, "content_mask"))
+        if self.style_mask is not None:
+            object.__setattr__(self, "style_mask", as_style_mask(self.style_mask))
 
     def check_fits(self, shape: tuple[int, ...]) -> None:
         if self.content_mask is not None and len(self.content_mask) not in (1, shape[0]):
@@ -133,52 +144,6 @@ class PositionTerm(Term):
                 f"there are {len(self.content_mask)} content_masks for {shape[0]} pictures: one is needed, or one for "
                 "each"
             )
-
-    def _mask(
-        self, grid: tuple[int, ...] | None, device: torch.device, frames: Frames, resampled: Resampled
-    ) -> Tensor | None:
-        """The content_mask on a grid of features or attention maps."""
-        mask = self.content_mask
-        if mask is None:
-            return None
-        if grid is None:
-            raise ValueError(
-                f"this network does not tell which position is where in its attention maps, so that the {self.name} "
-                "term cannot take a content_mask: set its weight to 0"
-            )
-        size = (grid[0], grid[1])
-        return resampled.get(
-            (self, "content_mask", size, device, frames),
-            lambda: _ordinary(mask_on_grid(_of_frames(mask, frames), size), device),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class StyleTerm(PositionTerm):
-    """`F_ref`: every position takes the features of its semantic match in the reference.
-
-    Attributes:
-        position_weight: lambda of the position code in the match.
-        regions: content and style maps that the match keeps to, or None.
-        style_mask: [1 or B', H, W] of the B' references in 0..1, at any resolution: only there is looked for matches,
-            for those of a region that has nothing there in all of it. None for everywhere.
-    Raises:
-        ValueError: also a style_mask that is empty, or no mask.
-    """
-
-    position_weight: float = 3.0
-    regions: SemanticMap | None = None
-    style_mask: Tensor | None = field(default=None, kw_only=True)
-
-    name: ClassVar[str] = "style"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.style_mask is not None:
-            object.__setattr__(self, "style_mask", as_style_mask(self.style_mask))
-
-    def check_fits(self, shape: tuple[int, ...]) -> None:
-        super().check_fits(shape)
         theirs = len(self.stream.inversion.clean)
         if self.style_mask is not None and len(self.style_mask) not in (1, theirs):
             raise ValueError(
@@ -230,9 +195,20 @@ class StyleTerm(PositionTerm):
             regions = self._regions(f, reference, frames, resampled)
             places = self._places(reference, frames, resampled)
             matches = find_matches(f.detach(), reference, self.position_weight, regions, within=places)
-            mask = self._mask(f.shape[2:], f.device, frames, resampled)
+            mask = self._mask(f, frames, resampled)
             energies.append(style_feature_energy(f, reference, matches, mask))
         return _mean(energies)
+
+    def _mask(self, f: Tensor, frames: Frames, resampled: Resampled) -> Tensor | None:
+        """The content_mask on the grid of features."""
+        mask = self.content_mask
+        if mask is None:
+            return None
+        size = (f.shape[2], f.shape[3])
+        return resampled.get(
+            (self, "content_mask", size, f.device, frames),
+            lambda: _ordinary(mask_on_grid(_of_frames(mask, frames), size), f.device),
+        )
 
     def _places(self, reference: Tensor, frames: Frames, resampled: Resampled) -> tuple[Tensor, ...] | None:
         """Row-major indices of the positions of the style_mask, of all references or each."""
@@ -258,45 +234,32 @@ class StyleTerm(PositionTerm):
 
 
 @dataclass(frozen=True, eq=False)
-class SpatialTerm(PositionTerm):
+class SpatialTerm(Term):
     """`F_c`: every position keeps the context's features."""
 
     name: ClassVar[str] = "spatial"
 
     def check_fits(self, shape: tuple[int, ...]) -> None:
-        super().check_fits(shape)
         _check_same_size(self, shape)
 
     def value(self, out: Features, other: Features, frames: Frames, resampled: Resampled) -> Tensor:
         other = other.on_grids_of(out)
-        return _mean(
-            [
-                spatial_feature_energy(f, c, self._mask(f.shape[2:], f.device, frames, resampled))
-                for f, c in zip(out.stages, other.stages, strict=True)
-            ]
-        )
+        return _mean([spatial_feature_energy(f, c) for f, c in zip(out.stages, other.stages, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
-class SemanticTerm(PositionTerm):
+class SemanticTerm(Term):
     """`F_reg`: every position keeps attending to the words that the context's attends to."""
 
     name: ClassVar[str] = "semantic"
     needs_maps: ClassVar[bool] = True
 
     def check_fits(self, shape: tuple[int, ...]) -> None:
-        super().check_fits(shape)
         _check_same_size(self, shape)
 
     def value(self, out: Features, other: Features, frames: Frames, resampled: Resampled) -> Tensor:
         other = other.on_grids_of(out)
-        grids = out.grids or (None,) * len(out.maps)
-        return _mean(
-            [
-                semantic_distance(a, c, self._mask(grid, a.device, frames, resampled))
-                for a, c, grid in zip(out.maps, other.maps, grids, strict=True)
-            ]
-        )
+        return _mean([semantic_distance(a, c) for a, c in zip(out.maps, other.maps, strict=True)])
 
 
 def _check_same_size(term: Term, shape: tuple[int, ...]) -> None:
