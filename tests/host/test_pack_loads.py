@@ -35,6 +35,7 @@ NODE_IDS = {
     "SemanticStylePaperlandModel",
     "SemanticStylePaperlandScene",
     "SemanticStyleReplay",
+    "SemanticStyleReplayAdaIN",
     "SemanticStyleSaliency",
     "SemanticStyleSaveInversion",
     "SemanticStyleSemantixEnergy",
@@ -70,6 +71,7 @@ PASSED = {
     ("SemanticStyleKeepBackground", "image"): "image",
     ("SemanticStylePreviewMap", "preview"): "content",
     ("SemanticStyleReplay", "latent"): "start",
+    ("SemanticStyleReplayAdaIN", "sampler"): "sampler",
     ("SemanticStyleSaliency", "preview"): "image",
     ("SemanticStyleSpinEmbedding", "report"): "image",
     # Values of widgets: the frontend takes those, too. The last three mean nothing, and no order would keep them back.
