@@ -24,8 +24,10 @@ from .gradients import WHY_CHECKPOINTED, constant_controls, differentiable, must
 from .graph_memory import GraphMemory
 from .model_sampling import check_unet
 from .models import check_same, identify
+from .progress import with_time_left
 from .reference_cache import CACHE, ReferenceCache
 from .references import References
+from .replay_sampler import ReplaySampler
 from .versions import without_clones
 from .windows import window_of_call
 
@@ -70,6 +72,12 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         self.cache = cache
         self.listen = listen
         self._run: _GuidedRun | None = None
+
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the host's; says the time left where the sampler does not."""
+        if kwargs.get("callback") is not None and not isinstance(sampler, ReplaySampler):
+            kwargs["callback"] = with_time_left(kwargs["callback"])
+        return super().sample(noise, latent_image, sampler, *args, **kwargs)
 
     def outer_sample(self, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the host's; raises ValueError before anything is loaded when model, energy, prompts and latent do not

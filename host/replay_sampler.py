@@ -18,6 +18,7 @@ from .batching import fits
 from .invert import HostModel
 from .model_sampling import path_of
 from .models import check_same, identify
+from .progress import TimeLeft
 
 # Of a latent's largest value: what storing it in bfloat16 on its way may change.
 ROUNDING = 2**-8
@@ -112,10 +113,11 @@ class ReplaySampler(comfy.samplers.Sampler):
         self._note_cfg(model_wrap)
         mask = None if denoise_mask is None else _mask_by_level(denoise_mask, model_wrap, sigmas, len(x), extra_args)
         total = len(sigmas) - 1
-        bar = tqdm(total=total, disable=disable_pbar)
+        bar, left = tqdm(total=total, disable=disable_pbar), TimeLeft()
 
         def report(state: dict) -> None:
             bar.update()
+            left.update(state["i"] + 1, total)
             if callback is not None:
                 callback(state["i"], state["denoised"], state["x"], total)
 
