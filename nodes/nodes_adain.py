@@ -83,7 +83,7 @@ class ReplayAdaIN(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Of each step; 0 changes nothing. As it acts after every step, little is much.",
+                    tooltip="How much of the reference's colours it brings in. 0 changes nothing.",
                 ),
                 SemanticMapSocket.Input(
                     "semantic_map",
