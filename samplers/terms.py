@@ -170,12 +170,9 @@ class StyleTerm(Term):
             for coarse in (2**n for n in range(STAGES)):
                 grids = [(-(-h // coarse), -(-w // coarse)) for h, w in (shape[2:], theirs)]
                 at = self.regions.at(*grids)
-                style = at.style
-                if self.style_mask is not None:
-                    inside = places_inside(self.style_mask, grids[1]).to(style.device)
-                    count = max(len(style), len(inside))
-                    style = style.expand(count, -1, -1)[inside.expand(count, -1, -1)]
-                lacking |= set(at.content.unique().tolist()) - set(style.unique().tolist())
+                drawn = None if self.content_mask is None else mask_on_grid(self.content_mask, grids[0]) > 0
+                giving = None if self.style_mask is None else places_inside(self.style_mask, grids[1])
+                lacking |= _labels(at.content, drawn) - _labels(at.style, giving)
         if not lacking:
             return []
         several = len(lacking) > 1
@@ -292,6 +289,14 @@ def _ordinary(made: Tensor, device: torch.device) -> Tensor:
     """On the device, an ordinary tensor also where it was made in inference mode."""
     with torch.inference_mode(False):
         return made.clone().to(device)
+
+
+def _labels(maps: Tensor, inside: Tensor | None) -> set[int]:
+    """Those of label maps [1 or B, h, w], where some booleans [1 or B, h, w] say so."""
+    if inside is not None:
+        count = max(len(maps), len(inside))
+        maps = maps.expand(count, -1, -1)[inside.to(maps.device).expand(count, -1, -1)]
+    return set(maps.unique().tolist())
 
 
 def _mean(stages: list[Tensor]) -> Tensor:

@@ -368,6 +368,8 @@ def test_regions_without_matches_are_noted(inversions):
     (note,) = StyleTerm(Stream(reference), 1.0, regions=regions, style_mask=right).notes(shape)
     assert note.startswith("regions 0, 1 of the content have no position in the reference's style_mask on")
     assert not StyleTerm(Stream(reference), 1.0, style_mask=right).notes(shape)
+    outside = {"content_mask": right, "style_mask": right}
+    assert not StyleTerm(Stream(reference), 1.0, regions=regions, **outside).notes(shape), "nothing of them is drawn"
 
 
 def test_windows_of_a_clip_take_their_frames_masks(model, prompts, inversions):
