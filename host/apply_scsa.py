@@ -93,7 +93,10 @@ def apply_scsa(model: "ModelPatcher", patch: Patch) -> "ModelPatcher":
         check_same(picture.model, now, patch.allow_other_model)
     _check_maps(patch)
     if model.get_wrappers(OUTER_SAMPLE, KEY):
-        raise ValueError("this MODEL has SCSA already: connect the model from before that node")
+        raise ValueError(
+            "this MODEL has SCSA already: connect the model from before that node. For several styles stitch their "
+            "pictures, and the pictures of their maps, into one each (see the node's help)"
+        )
     check_free(layers, model.model_options.get("transformer_options", {}))
     patched = model.clone()
     patched.add_wrapper_with_key(OUTER_SAMPLE, KEY, _Sampling(patch, layers))

@@ -24,8 +24,10 @@ from .gradients import WHY_CHECKPOINTED, constant_controls, differentiable, must
 from .graph_memory import GraphMemory
 from .model_sampling import check_unet
 from .models import check_same, identify
+from .progress import with_time_left
 from .reference_cache import CACHE, ReferenceCache
 from .references import References
+from .replay_sampler import ReplaySampler
 from .versions import without_clones
 from .windows import window_of_call
 
@@ -71,13 +73,19 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         self.listen = listen
         self._run: _GuidedRun | None = None
 
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As the host's; says the time left where the sampler does not."""
+        if kwargs.get("callback") is not None and not isinstance(sampler, ReplaySampler):
+            kwargs["callback"] = with_time_left(kwargs["callback"])
+        return super().sample(noise, latent_image, sampler, *args, **kwargs)
+
     def outer_sample(self, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the host's; raises ValueError before anything is loaded when model, energy, prompts and latent do not
         fit.
         """
         check_energy(self.model_patcher, self.energy, noise.shape, self.allow_other_model)
         check_prompts(self.original_conds.get("positive", ()))
-        report = GuidanceReport()
+        report = GuidanceReport(notes=notes(self.energy, noise.shape))
         self._run = _GuidedRun(self, report)
         leave_step_caches(self)
         try:
@@ -288,6 +296,11 @@ def check_energy(model: "ModelPatcher", energy: Energy, shape: torch.Size, allow
         term.check_fits(shape)
 
 
+def notes(energy: Energy, shape: torch.Size) -> list[str]:
+    """What a user should know of the terms that have a weight, on latents of `shape`, each once."""
+    return list(dict.fromkeys(note for term in energy.terms if term.weight > 0 for note in term.notes(tuple(shape))))
+
+
 def check_prompts(positive: Iterable[dict[str, Any]]) -> None:
     """Raise ValueError where a positive prompt (the guider's form) is for an area of the picture."""
     if of_areas(positive):
@@ -301,6 +314,8 @@ def check_prompts(positive: Iterable[dict[str, Any]]) -> None:
 def _tell(report: GuidanceReport, energy: Energy) -> None:
     """One line about the run, and a warning where its guidance did nothing."""
     logging.info(summary(report))
+    for note in report.notes:
+        logging.info("Semantic Style: %s.", note)
     if reason := why_nothing(report, energy):
         logging.warning("Semantic Style: %s", reason)
 

@@ -26,6 +26,7 @@ from .batching import Parts, fits, levels_per_call, rows_together
 from .extra_calls import uncached
 from .model_sampling import check_latent_kind, path_of
 from .models import check_channels, identify
+from .progress import TimeLeft
 from .windows import set_window_step
 
 if TYPE_CHECKING:
@@ -182,11 +183,12 @@ class InversionSampler(comfy.samplers.Sampler):
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
-        bar = tqdm(disable=disable_pbar)
+        bar, left = tqdm(disable=disable_pbar), TimeLeft()
 
         def report(state: dict) -> None:
             bar.total = state["total"]
             bar.update(state["i"] + 1 - bar.n)
+            left.update(state["i"] + 1, state["total"])
             callback(state["i"], state["denoised"], state["x"], state["total"])
 
         with bar:

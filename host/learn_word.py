@@ -24,6 +24,7 @@ from .extra_calls import extra_call_options
 from .gradients import WHY_CHECKPOINTED, differentiable, must_checkpoint, ordinary
 from .model_sampling import check_unet
 from .models import check_channels
+from .progress import TimeLeft
 from .pseudo_words import Prompt
 
 if TYPE_CHECKING:
@@ -111,12 +112,13 @@ class _Learning(comfy.samplers.Sampler):
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         task = self.task
-        bar = tqdm(disable=disable_pbar, total=task.settings.steps)
+        bar, left = tqdm(disable=disable_pbar, total=task.settings.steps), TimeLeft()
 
         def report(state: dict) -> None:
             self.learned = state["learned"]
             bar.set_postfix(loss=f"{state['loss']:.4f}", best=f"{min(self.learned.judged.values()):.4f}", refresh=False)
             bar.update(1)
+            left.update(state["i"] + 1, state["total"])
             # As the host's samplers call it: its previewers are not made for gradients.
             with torch.inference_mode():
                 callback(state["i"], state["denoised"], state["x"][:1], state["total"])

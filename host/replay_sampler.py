@@ -1,5 +1,6 @@
 """Replaying an inversion with the host's SamplerCustomAdvanced: its NOISE and SAMPLER."""
 
+import functools
 import logging
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..samplers.inversion import Inversion
-from ..samplers.replay import replay
+from ..samplers.replay import Change, replay
 from ..samplers.step_adain import StepAdaIN
 from ..samplers.steps import noise_prediction, noised
 from .batching import fits
 from .invert import HostModel
 from .model_sampling import path_of
 from .models import check_same, identify
+from .progress import TimeLeft
 
 # Of a latent's largest value: what storing it in bfloat16 on its way may change.
 ROUNDING = 2**-8
@@ -62,7 +64,7 @@ class ReplaySampler(comfy.samplers.Sampler):
     Attributes:
         skip: noisy steps left out.
         exact: add the inversion's residual on its last step.
-        adain: takes a reference's statistics after each step, None for none.
+        adains: take references' statistics after each step, one after another.
         start: [B, C, *S] in the model's coordinates, what the run has to start from; None for the stored latent.
     """
 
@@ -72,15 +74,20 @@ class ReplaySampler(comfy.samplers.Sampler):
         skip: int = 0,
         exact: bool = True,
         allow_other_model: bool = False,
-        adain: StepAdaIN | None = None,
+        adains: tuple[StepAdaIN, ...] = (),
         start: Tensor | None = None,
     ) -> None:
         self.inversion = inversion
         self.skip = skip
         self.exact = exact
         self.allow_other_model = allow_other_model
-        self.adain = adain
+        self.adains = adains
         self.start = start
+
+    def with_adain(self, adain: StepAdaIN) -> "ReplaySampler":
+        """The same with one AdaIN more, after the others."""
+        adains = (*self.adains, adain)
+        return ReplaySampler(self.inversion, self.skip, self.exact, self.allow_other_model, adains, self.start)
 
     def max_denoise(self, model_wrap: Any, sigmas: Tensor) -> bool:
         """Never: the stored latents are `a clean + sigma noise` at the highest level too, without the host's
@@ -99,22 +106,24 @@ class ReplaySampler(comfy.samplers.Sampler):
         check_same(inversion.model, identify(model_wrap.model_patcher), self.allow_other_model)
         inversion.check_fits(noise.shape)
         self._check_skipped(inversion.find(sigmas))
-        self._check_adain(noise.shape)
+        for adain in self.adains:
+            self._check_adain(adain, noise.shape)
         x = noised(latent_image, noise, sigmas[0], inversion.path)
         self._check_start(x)
         self._note_cfg(model_wrap)
         mask = None if denoise_mask is None else _mask_by_level(denoise_mask, model_wrap, sigmas, len(x), extra_args)
         total = len(sigmas) - 1
-        bar = tqdm(total=total, disable=disable_pbar)
+        bar, left = tqdm(total=total, disable=disable_pbar), TimeLeft()
 
         def report(state: dict) -> None:
             bar.update()
+            left.update(state["i"] + 1, total)
             if callback is not None:
                 callback(state["i"], state["denoised"], state["x"], total)
 
         resident = fits(model_wrap, x, (1 if mask is None else 2) * total)
         settings: dict[str, Any] = {"inversion": inversion, "exact": self.exact, "mask": mask, "resident": resident}
-        settings["after_step"] = self._resident_adain(model_wrap, x)
+        settings["after_step"] = self._after_step(model_wrap, x)
         with bar:
             x = replay(
                 HostModel(model_wrap, inversion.sigmas, len(x)), x, sigmas, extra_args, report, disable_pbar, **settings
@@ -151,29 +160,34 @@ class ReplaySampler(comfy.samplers.Sampler):
                 "node's start"
             )
 
-    def _check_adain(self, shape: torch.Size) -> None:
-        if self.adain is None:
-            return
-        theirs, ours = self.adain.reference.latent_format, self.inversion.latent_format
+    def _check_adain(self, adain: StepAdaIN, shape: torch.Size) -> None:
+        theirs, ours = adain.reference.latent_format, self.inversion.latent_format
         if theirs and ours and theirs != ours:
             raise ValueError(
                 f"AdaIN's reference is a latent of the kind {theirs}, the replayed inversion one of the kind {ours}: "
                 "their channels mean different things. Invert the reference with a model of the same family"
             )
-        if self.adain.reference.path != self.inversion.path:
+        if adain.reference.path != self.inversion.path:
             raise ValueError(
                 "AdaIN's reference and the replayed inversion are noised differently, one by a flow model and one not: "
                 "invert the reference with the model of the replay"
             )
-        self.adain.check_fits(shape)
+        adain.check_fits(shape)
 
-    def _resident_adain(self, guider: Any, x: Tensor) -> StepAdaIN | None:
-        """With its reference on the device, copied there once where it is small beside the free memory."""
-        if self.adain is None:
+    def _after_step(self, guider: Any, x: Tensor) -> Change | None:
+        """All AdaINs, with their references on the device, copied there once where they are small beside the free
+        memory.
+        """
+        if not self.adains:
             return None
-        reference = self.adain.reference
-        small = fits(guider, reference.clean.to(x), 2 * reference.steps + 2)
-        return replace(self.adain, reference=reference.to(x.device)) if small else self.adain
+
+        def resident(adain: StepAdaIN) -> StepAdaIN:
+            reference = adain.reference
+            small = fits(guider, reference.clean.to(x), 2 * reference.steps + 2)
+            return replace(adain, reference=reference.to(x.device)) if small else adain
+
+        there = list(map(resident, self.adains))
+        return lambda x, step, sigma: functools.reduce(lambda x, adain: adain(x, step, sigma), there, x)
 
     def _note_cfg(self, guider: Any) -> None:
         cfg = getattr(guider, "cfg", None)

@@ -1,5 +1,6 @@
 """Semantix (He et al., ICLR 2025) as one run of the host: energy, AdaIN, replay, and what is said about it after."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -13,11 +14,38 @@ from ..regions.semantic_map import SemanticMap
 from ..samplers.guidance_report import GuidanceReport
 from ..samplers.inversion import Inversion
 from ..samplers.semantix_energy import Weights, semantix_energy
-from ..samplers.terms import Energy, Stream
+from ..samplers.terms import Energy, Stream, as_style_mask
 from .energy_guider import EnergyGuider, summary, why_nothing
 from .fingerprint import fingerprint
 from .models import identify, why_unchecked
 from .replay_sampler import ReplayNoise, ReplaySampler
+
+
+@dataclass(frozen=True, eq=False)
+class Where:
+    """The parts of the two pictures that belong together, at any resolution, cropped as VAE Encode crops the pictures.
+
+    Attributes:
+        content: [1 or B, H, W] in 0..1, where in the context and how much; None for everywhere.
+        style: [1 or B', H, W] in 0..1, the part of the reference; None for all of it.
+    """
+
+    content: Tensor | None = None
+    style: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, context: Inversion, reference: Inversion, content_mask: Tensor | None, style_mask: Tensor | None
+    ) -> "Where":
+        """From a user's MASKs; raises ValueError where they are empty or no masks."""
+        return cls(
+            None if content_mask is None else _encoded(as_mask(content_mask, "content_mask"), context),
+            None if style_mask is None else as_style_mask(_encoded(as_mask(style_mask, "style_mask"), reference)),
+        )
+
+
+def _encoded(mask: Tensor, inversion: Inversion) -> Tensor:
+    return as_encoded(mask, (inversion.clean.shape[-2], inversion.clean.shape[-1]))
 
 
 def make_energy(
@@ -29,12 +57,14 @@ def make_energy(
     semantic_map: SemanticMap | None = None,
     reference_prompt: list | None = None,
     context_prompt: list | None = None,
+    where: Where = Where(),
 ) -> Energy:
     """Semantix's energy between two inversions.
 
     Args:
         reference_prompt: CONDITIONING; None for the one that the reference was inverted with.
         context_prompt: CONDITIONING; None for the guider's positive.
+        where: the parts that belong together.
     Raises:
         ValueError: a reference whose prompt is not known, or a range that makes no sense.
     """
@@ -44,9 +74,8 @@ def make_energy(
             "the reference's inversion does not say which prompt it was made with: connect that prompt (the empty one, "
             "as a rule) to reference_prompt"
         )
-    return semantix_energy(
-        Stream(context, context_prompt), Stream(reference, prompt), weights, start, end, semantic_map
-    )
+    streams = Stream(context, context_prompt), Stream(reference, prompt)
+    return semantix_energy(*streams, weights, start, end, semantic_map, where.content, where.style)
 
 
 def sample(guider: EnergyGuider, sampler: ReplaySampler, mask: Tensor | None = None) -> Tensor:
@@ -61,7 +90,7 @@ def sample(guider: EnergyGuider, sampler: ReplaySampler, mask: Tensor | None = N
     sigmas = context.sigmas[sampler.skip :]
     latent: dict[str, Any] = {"samples": context.to_outer(context.clean)}
     if mask is not None:
-        mask = as_encoded(as_mask(mask), (context.clean.shape[-2], context.clean.shape[-1]))[:, None]
+        mask = _encoded(as_mask(mask), context)[:, None]
     samples = guider.sample(
         noise.generate_noise(latent),
         latent["samples"],
@@ -89,13 +118,14 @@ def describe(
         prompts: CONDITIONING "positive" and "negative" of the run.
         samples: what came out, in the host's coordinates.
     """
-    context, adain = sampler.inversion, sampler.adain
-    said = "off" if adain is None else f"from step {adain.first + 1} of {context.steps} on"
+    context = sampler.inversion
+    said = ", ".join(f"from step {adain.first + 1} of {context.steps} on" for adain in sampler.adains) or "off"
     lines = [
         f"Semantix: {context.steps - sampler.skip} steps, CFG {guider.cfg:g}, weights style {weights.style:g}, spatial "
         f"{weights.spatial:g}, semantic {weights.semantic:g}, position {weights.position:g}; AdaIN {said}",
         summary(report),
     ]
+    lines += [f"Note: {note}" for note in report.notes]
     if reason := why_nothing(report, guider.energy):
         lines.append(f"Note: {reason}")
     clean = context.to_outer(context.clean).to(samples)

@@ -1,11 +1,17 @@
-"""AdaIN of latents, whole or per region, and the semantic map that it takes."""
+"""AdaIN of latents, whole or per region, once or along a replay, and the semantic map that it takes."""
 
 import torch
 from comfy_api.latest import io
 
+from ..host.replay_sampler import ReplaySampler
+from ..host.semantix_transfer import Where
 from ..regions.adain import adain_latents
 from ..regions.semantic_map import SemanticMap
+from ..samplers.inversion import Inversion
+from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
+from .nodes_inversion import adain_start_input
 from .schema import schema
+from .types import Inversion as InversionSocket
 from .types import LabelMap
 from .types import SemanticMap as SemanticMapSocket
 
@@ -53,6 +59,70 @@ class AdaIN(io.ComfyNode):
         return io.NodeOutput({**content, "samples": restyled})
 
 
+class ReplayAdaIN(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SemanticStyleReplayAdaIN",
+            display_name="AdaIN Along Replay (Semantic Style)",
+            category=CATEGORY,
+            description="Lets a replay take over a reference's colours step by step, where masks say so. Several of "
+            "these nodes one after another give each part of a picture its own reference.",
+            search_aliases=["color transfer", "several references", "adain", "semantix"],
+            inputs=[
+                io.Sampler.Input("sampler", tooltip="Of Replay Inversion, or of another of these nodes."),
+                InversionSocket.Input(
+                    "reference",
+                    tooltip="After each step the latent gets the channel means and deviations of this inversion at the "
+                    "same noise level. Its size may differ.",
+                ),
+                adain_start_input(),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much of the reference's colours it brings in, all steps together. 0 changes nothing.",
+                ),
+                SemanticMapSocket.Input(
+                    "semantic_map",
+                    optional=True,
+                    tooltip="Region by region. Content: the picture that is replayed; style: the reference.",
+                ),
+                io.Mask.Input(
+                    "content_mask",
+                    optional=True,
+                    tooltip="Only this part of the picture takes colours over, softly where the mask is grey.",
+                ),
+                io.Mask.Input(
+                    "style_mask",
+                    optional=True,
+                    tooltip="Only this part of the reference gives them. Any size.",
+                ),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        sampler,
+        reference: Inversion,
+        adain_start: float = PUBLISHED_START,
+        strength: float = 1.0,
+        semantic_map: SemanticMap | None = None,
+        content_mask: torch.Tensor | None = None,
+        style_mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        if not isinstance(sampler, ReplaySampler):
+            raise ValueError("AdaIN acts along a replay: connect the SAMPLER of Replay Inversion")
+        replayed = sampler.inversion
+        where = Where.of(replayed, reference, content_mask, style_mask)
+        adain = StepAdaIN(reference, replayed.steps, adain_start, semantic_map, strength, where.content, where.style)
+        return io.NodeOutput(sampler.with_adain(adain))
+
+
 class MapFromLabels(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -73,4 +143,4 @@ class MapFromLabels(io.ComfyNode):
         return io.NodeOutput(SemanticMap(content, style))
 
 
-NODES: list[type[io.ComfyNode]] = [AdaIN, MapFromLabels]
+NODES: list[type[io.ComfyNode]] = [AdaIN, ReplayAdaIN, MapFromLabels]

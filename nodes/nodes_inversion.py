@@ -256,12 +256,12 @@ class Replay(io.ComfyNode):
         if start is not None:
             inversion.check_fits(start["samples"].shape)
             beginning = inversion.to_inner(start["samples"].to(inversion.clean))
-        adain = None
+        adains: tuple[StepAdaIN, ...] = ()
         if adain_reference is not None:
-            adain = StepAdaIN(adain_reference, inversion.steps, adain_start, semantic_map)
+            adains = (StepAdaIN(adain_reference, inversion.steps, adain_start, semantic_map),)
         return io.NodeOutput(
             ReplayNoise(inversion, skip, beginning),
-            ReplaySampler(inversion, skip, exact, allow_other_model, adain, beginning),
+            ReplaySampler(inversion, skip, exact, allow_other_model, adains, beginning),
             inversion.sigmas[skip:].clone(),
             {"samples": inversion.to_outer(inversion.clean)},
         )

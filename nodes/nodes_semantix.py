@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..host.energy_guider import EnergyGuider, why_nothing
 from ..host.replay_sampler import ReplaySampler, check_skip
-from ..host.semantix_transfer import describe, make_energy, sample
+from ..host.semantix_transfer import Where, describe, make_energy, sample
 from ..pictures.report_plot import HEIGHT, WIDTH, report_plot
 from ..regions.semantic_map import SemanticMap
 from ..samplers.guidance_report import GuidanceReport
@@ -115,6 +115,18 @@ def _reference_prompt_input() -> Any:
     )
 
 
+def _where_inputs(content: str) -> list[Any]:
+    return [
+        io.Mask.Input("content_mask", optional=True, tooltip=content),
+        io.Mask.Input(
+            "style_mask",
+            optional=True,
+            tooltip="Takes the style from this part of the reference only. Any size; with a semantic_map from the same "
+            "region inside of it.",
+        ),
+    ]
+
+
 def _model_inputs() -> list[Any]:
     return [
         io.Model.Input("model", tooltip="The model that context and reference were inverted with; LoRAs are fine."),
@@ -177,6 +189,11 @@ class SemantixEnergy(io.ComfyNode):
                     optional=True,
                     tooltip="The context's prompt. Not connected: the guider's positive. Needs as many tokens as that.",
                 ),
+                *_where_inputs(
+                    "Acts in this part of the context only, softly where the mask is grey. Combine Energies adds "
+                    "several references, each with its part. Outside nothing is pulled, yet the sampler may change "
+                    "it; a latent noise mask holds it."
+                ),
             ],
             outputs=[EnergySocket.Output(display_name="energy", tooltip="For Energy Guider or Combine Energies.")],
         )
@@ -196,10 +213,20 @@ class SemantixEnergy(io.ComfyNode):
         semantic_map: SemanticMap | None = None,
         reference_prompt: list | None = None,
         context_prompt: list | None = None,
+        content_mask: torch.Tensor | None = None,
+        style_mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         chosen = _chosen(weights, style_weight, spatial_weight, semantic_weight, position_weight)
         energy = make_energy(
-            context, reference, chosen, start_percent, end_percent, semantic_map, reference_prompt, context_prompt
+            context,
+            reference,
+            chosen,
+            start_percent,
+            end_percent,
+            semantic_map,
+            reference_prompt,
+            context_prompt,
+            Where.of(context, reference, content_mask, style_mask),
         )
         return io.NodeOutput(energy)
 
@@ -290,7 +317,8 @@ class KSampler(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Only this part is restyled; the rest of the latent comes back exactly.",
+                    tooltip="Latent noise mask: only this part is restyled, the rest of the latent comes back exactly. "
+                    "content_mask says what is drawn to the style and holds nothing.",
                 ),
                 io.Int.Input(
                     "skip",
@@ -318,6 +346,10 @@ class KSampler(io.ComfyNode):
                     optional=True,
                     tooltip="How much of the reference's colours AdaIN brings in, by all its steps together. 1 as "
                     "published, 0 switches it off.",
+                ),
+                *_where_inputs(
+                    "Energy and AdaIN act in this part of the context only, softly where the mask is grey; the rest is "
+                    "made without them and may change a little. mask holds the rest exactly; both can be used."
                 ),
             ],
             outputs=[
@@ -358,17 +390,23 @@ class KSampler(io.ComfyNode):
         checkpointing: bool = False,
         allow_other_model: bool = False,
         adain_strength: float = 1.0,
+        content_mask: torch.Tensor | None = None,
+        style_mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         chosen = _chosen(weights, style_weight, spatial_weight, semantic_weight, position_weight)
         check_skip(context, skip)
-        energy = make_energy(context, reference, chosen, start_percent, end_percent, semantic_map, reference_prompt)
+        where = Where.of(context, reference, content_mask, style_mask)
+        energy = make_energy(
+            context, reference, chosen, start_percent, end_percent, semantic_map, reference_prompt, where=where
+        )
         options: dict[str, Any] = {"checkpointing": checkpointing, "allow_other_model": allow_other_model}
         reports: list[GuidanceReport] = []
         guider = EnergyGuider(model, positive, negative, cfg, energy, **options, listen=reports.append)
-        adain = None
+        adains: tuple[StepAdaIN, ...] = ()
         if adain_start < 1.0 and adain_strength > 0.0:
-            adain = StepAdaIN(reference, context.steps, adain_start, semantic_map, adain_strength)
-        sampler = ReplaySampler(context, skip, exact, allow_other_model, adain)
+            parts = where.content, where.style
+            adains = (StepAdaIN(reference, context.steps, adain_start, semantic_map, adain_strength, *parts),)
+        sampler = ReplaySampler(context, skip, exact, allow_other_model, adains)
         samples = sample(guider, sampler, mask)
         (run,) = reports
 

@@ -284,6 +284,7 @@ class SemantixRestyle(io.ComfyNode):
             adain_strength=style,
             semantic_map=maps,
             mask=context_picture.mask,
+            content_mask=context_picture.mask,
             style_mask=reference_picture.mask,
         )
         image = inner.decoded(restyled.out(0), context_picture)

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from .masks import mask_on_grid, places_inside
 from .semantic_map import SemanticMap, check_labels
 
 EPS = 1e-5
@@ -46,6 +47,8 @@ def region_adain(
     min_tokens: int = MIN_TOKENS,
     eps: float = EPS,
     strength: float = 1.0,
+    content_mask: Tensor | None = None,
+    style_mask: Tensor | None = None,
 ) -> Tensor:
     """S-AdaIN: every region of the content takes mean and standard deviation of the same region of the style.
 
@@ -58,6 +61,10 @@ def region_adain(
         content_labels: integers [B or 1, H, W]; style_labels: integers [B' or 1, H', W'].
         min_tokens: fewest pixels that a style region needs to count (at least 1).
         eps, strength: as in `adain`.
+        content_mask: [B or 1, H, W] in 0..1, where it acts and how much; what lies outside has no part in the content's
+            statistics either. None for everywhere.
+        style_mask: booleans [B' or 1, H', W'], the style's pixels whose statistics count, all of them where they are
+            fewer than `min_tokens`. None for all.
     Returns:
         [B, C, H, W] in the content's dtype; computed in float32 at least. Finite for finite inputs.
     Raises:
@@ -66,6 +73,8 @@ def region_adain(
     _check_pair(content, style, strength)
     _check_region_shapes(content, content_labels, "content")
     _check_region_shapes(style, style_labels, "style")
+    _check_mask_shapes(content, content_mask, "content")
+    _check_mask_shapes(style, style_mask, "style")
     if min_tokens < 1:
         raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
     c, s = _flat(content), _flat(style)
@@ -73,9 +82,18 @@ def region_adain(
     regions = torch.unique(content_labels).to(content.device)
     inside_c = _membership(content_labels.to(content.device), regions, b, c.dtype)
     inside_s = _membership(style_labels.to(content.device), regions, len(style), c.dtype)
+    mean_all, var_all = _moments(s)
+    if content_mask is not None:
+        content_mask = rearrange(content_mask, "b h w -> b 1 (h w)").to(c)
+        inside_c = inside_c * (content_mask > 0)
+    if style_mask is not None:
+        chosen = rearrange(style_mask, "b h w -> b 1 (h w)").to(c)
+        enough = chosen.sum(dim=-1, keepdim=True) >= min_tokens
+        everything = torch.where(enough, chosen, 1.0).expand(len(s), -1, -1)
+        mean_all, var_all, _ = _region_moments(s, everything)
+        inside_s = inside_s * everything
     mean_c, var_c, _ = _region_moments(c, inside_c)
     mean_s, var_s, pixels = _region_moments(s, inside_s)
-    mean_all, var_all = _moments(s)
     known = (pixels >= min_tokens)[:, None, :]
     mean_s = torch.where(known, mean_s, mean_all)
     var_s = torch.where(known, var_s, var_all)
@@ -83,10 +101,20 @@ def region_adain(
     own_mean, own_var, new_mean, new_var = (
         stat.expand(b, -1, -1) @ inside_c for stat in (mean_c, var_c, mean_s, var_s)
     )
-    return _blend(content, _restyle(c, own_mean, own_var, new_mean, new_var, eps), strength)
+    out = _restyle(c, own_mean, own_var, new_mean, new_var, eps)
+    if content_mask is not None:
+        out = torch.lerp(c, out, content_mask)
+    return _blend(content, out, strength)
 
 
-def adain_latents(content: Tensor, style: Tensor, regions: SemanticMap | None = None, strength: float = 1.0) -> Tensor:
+def adain_latents(
+    content: Tensor,
+    style: Tensor,
+    regions: SemanticMap | None = None,
+    strength: float = 1.0,
+    content_mask: Tensor | None = None,
+    style_mask: Tensor | None = None,
+) -> Tensor:
     """AdaIN of images or video, region by region where a semantic map is given.
 
     Args:
@@ -94,19 +122,33 @@ def adain_latents(content: Tensor, style: Tensor, regions: SemanticMap | None = 
         style: the same, another size is fine; one for all or one for each image or frame.
         regions: maps at any resolution. Every frame has its own, or all share one.
         strength: as in `adain`.
+        content_mask, style_mask: [1 or B, H, W] in 0..1 at any resolution, where in the content it acts and which part
+            of the style counts (none of its masks is empty); None for everywhere.
     Returns:
         The content's shape and dtype.
     Raises:
         ValueError: shapes that do not fit, or a strength outside 0..1.
     """
     style = style.to(content.device)
-    if regions is None:
+    if regions is None and content_mask is None and style_mask is None:
         return adain(content, style, strength=strength)
+    if regions is None:
+        one = torch.zeros(1, 1, 1, dtype=torch.int64)
+        regions = SemanticMap(one, one)
     frames, theirs = _frames(content), _frames(style)
     if len(theirs) not in (1, len(frames)):
         raise ValueError(f"AdaIN per region needs one style frame or one for each of {len(frames)}, got {len(theirs)}")
-    at = regions.at(tuple(content.shape[-2:]), tuple(style.shape[-2:]))
-    out = region_adain(frames, theirs, _per_frame(at.content, content), _per_frame(at.style, style), strength=strength)
+    grids = [(x.shape[-2], x.shape[-1]) for x in (content, style)]
+    at = regions.at(*grids)
+    out = region_adain(
+        frames,
+        theirs,
+        _per_frame(at.content, content),
+        _per_frame(at.style, style),
+        strength=strength,
+        content_mask=None if content_mask is None else _per_frame(mask_on_grid(content_mask, grids[0]), content),
+        style_mask=None if style_mask is None else _per_frame(places_inside(style_mask, grids[1]), style),
+    )
     return out if content.ndim == 4 else rearrange(out, "(b t) c h w -> b c t h w", b=len(content))
 
 
@@ -115,7 +157,7 @@ def _frames(latent: Tensor) -> Tensor:
 
 
 def _per_frame(labels: Tensor, latent: Tensor) -> Tensor:
-    """One map per video serves all its frames."""
+    """One map or mask per video serves all its frames."""
     if latent.ndim == 5 and 1 < len(labels) == len(latent):
         return repeat(labels, "b h w -> (b t) h w", t=latent.shape[2])
     return labels
@@ -188,4 +230,12 @@ def _check_region_shapes(x: Tensor, labels: Tensor, name: str) -> None:
         raise ValueError(
             f"{name} labels {list(labels.shape)} do not fit {name} {list(x.shape)}: expected [{len(x)} or 1, "
             f"{x.shape[2]}, {x.shape[3]}]; resample_labels brings them to that grid"
+        )
+
+
+def _check_mask_shapes(x: Tensor, mask: Tensor | None, name: str) -> None:
+    if mask is not None and (mask.shape[1:] != x.shape[2:] or len(mask) not in (1, len(x))):
+        raise ValueError(
+            f"{name}_masks {list(mask.shape)} do not fit {name} {list(x.shape)}: one is needed, or one for each of "
+            f"{len(x)}, on the grid {list(x.shape[2:])}"
         )

@@ -91,6 +91,21 @@ def mask_on_grid(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return mean.clamp(0.0, 1.0)  # rounding
 
 
+def places_inside(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """The cells of a grid that belong to masks: those covered by half at least. Of a mask that covers none of them so
+    far those that it covers most, so that no mask gets lost on a coarse grid.
+
+    Args:
+        mask: [B, H, W] in 0..1, none of them empty.
+        size: target (height, width).
+    Returns:
+        booleans [B, *size], in each at least one True.
+    """
+    covered = mask_on_grid(mask, size)
+    most = covered.amax(dim=(1, 2), keepdim=True)
+    return covered >= most.clamp(max=0.5)
+
+
 def soften(mask: Tensor, radius: float) -> Tensor:
     """Masks that fade out towards their edge, inside only: where a mask is 0 it stays so.
 

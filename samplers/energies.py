@@ -29,13 +29,14 @@ def unit(f: Tensor, eps: float = EPS) -> Tensor:
     return f / (f.square().sum(dim=1, keepdim=True) + eps**2).sqrt()
 
 
-def style_feature_energy(out: Tensor, reference: Tensor, matches: Tensor) -> Tensor:
-    """Style feature guidance `F_ref = sum_i 1 - cos(f_out[i], sg f_ref[m(i)])`.
+def style_feature_energy(out: Tensor, reference: Tensor, matches: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Style feature guidance `F_ref = sum_i mask[i] (1 - cos(f_out[i], sg f_ref[m(i)]))`.
 
     Args:
         out: [B, C, h, w] features of the image that is being made.
         reference: [B or 1, C, h', w'], another resolution or aspect ratio is fine; no gradient flows to it.
         matches: [B, h*w] integers, `m(i)` as a row-major index into the h'*w' positions: what `find_matches` gives.
+        mask: [B or 1, h, w], how much each position of out counts; None for all alike.
     Returns:
         [B], in float32 at least.
     Raises:
@@ -56,7 +57,7 @@ def style_feature_energy(out: Tensor, reference: Tensor, matches: Tensor) -> Ten
         )
     f_ref = rearrange(unit(reference.detach()), "b c h w -> b c (h w)").expand(len(out), -1, -1)
     matched = f_ref.gather(2, matches[:, None].expand(-1, f_ref.shape[1], -1))
-    return _distance(rearrange(unit(out), "b c h w -> b c (h w)"), matched)
+    return _distance(rearrange(unit(out), "b c h w -> b c (h w)"), matched, mask)
 
 
 def spatial_feature_energy(out: Tensor, context: Tensor) -> Tensor:
@@ -117,9 +118,12 @@ def check_features(out: Tensor, other: Tensor, name: str) -> None:
         raise ValueError(f"one {name} is needed or one for each image: got {len(out)} images and {len(other)}")
 
 
-def _distance(f: Tensor, target: Tensor) -> Tensor:
-    """Sum over positions of `1 - cos` of unit vectors, [B, C, ...] each -> [B]."""
-    return (f - target).square().flatten(1).sum(dim=1) / 2
+def _distance(f: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum over positions of `1 - cos` of unit vectors, [B, C, ...] each, weighted by a mask [B or 1, ...] -> [B]."""
+    squares = (f - target).square()
+    if mask is not None:
+        squares = squares.flatten(2) * mask.flatten(1)[:, None].to(squares)
+    return squares.flatten(1).sum(dim=1) / 2
 
 
 def _check_maps(out_map: Tensor, context_map: Tensor) -> None:

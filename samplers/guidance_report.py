@@ -36,6 +36,7 @@ class GuidanceReport:
         cache_bytes: features of references that are kept in RAM after the run.
         graph_bytes: tensors that one step keeps for its backward pass, 0 where not measured.
         peak_bytes: the device's peak memory in the run, 0 where it cannot be known.
+        notes: what a user should know of the energy's terms.
     """
 
     steps: list[StepReport] = field(default_factory=list)
@@ -49,6 +50,7 @@ class GuidanceReport:
     cache_bytes: int = 0
     graph_bytes: int = 0
     peak_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def table(self) -> dict[str, list[float]]:
         """Columns "sigma", one per term, "gradient", "saturated"; a row per guided call. A term that did not act has 0.

@@ -5,6 +5,8 @@ position code only steers the match.
 """
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -18,6 +20,7 @@ CHUNK_BYTES = 64 * 2**20
 # Cosines that differ by less are equal: how a product of this size is rounded depends on how it is cut into chunks.
 # In units of the dtype's precision.
 TIE = 16
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -28,6 +31,7 @@ def find_matches(
     regions: SemanticMap | None = None,
     periods: tuple[float, ...] = DEFAULT_PERIODS,
     chunk_bytes: int = CHUNK_BYTES,
+    within: tuple[Tensor, ...] | None = None,
 ) -> Tensor:
     """The position of the reference that is most like each position of out.
 
@@ -38,11 +42,13 @@ def find_matches(
         out: [B, C, h, w] features of the image that is being made.
         reference: [B or 1, C, h', w'], another resolution or aspect ratio is fine.
         position_weight: `lambda_pe`, 0 for none.
-        regions: a position is matched within its own region; where the reference lacks it, with all positions.
-            Content maps belong to out, style maps to the reference, one for all images or one for each, at any
-            resolution.
+        regions: a position is matched within its own region; where the reference lacks it, with all positions (of
+            `within`). Content maps belong to out, style maps to the reference, one for all images or one for each, at
+            any resolution.
         periods: wavelengths of the position code in image sides.
         chunk_bytes: bound of the largest temporary, as far as one row of cosines fits it.
+        within: [n] rising indices of the reference's positions that may be matched, one vector for all images or one
+            for each; None for all positions.
     Returns:
         [B, h*w] int64, row-major indices into the h'*w' positions.
     Raises:
@@ -56,10 +62,13 @@ def find_matches(
     p_out, p_ref = (_placed(f, position_weight, periods) for f in (out, reference))
     p_ref = p_ref.to(p_out)
     if regions is not None:
-        return _match_by_region(p_out, p_ref, _on_grids(regions, out, reference), chunk_bytes)
-    if len(p_ref) == 1:
-        return _nearest(p_out.flatten(0, 1), p_ref[0], chunk_bytes).unflatten(0, p_out.shape[:2])
-    return torch.stack([_nearest(queries, keys, chunk_bytes) for queries, keys in zip(p_out, p_ref, strict=True)])
+        return _match_by_region(p_out, p_ref, _on_grids(regions, out, reference), within, chunk_bytes)
+    places = within or (None,)
+    if len(p_ref) == len(places) == 1:
+        return _nearest(p_out.flatten(0, 1), p_ref[0], places[0], chunk_bytes).unflatten(0, p_out.shape[:2])
+    return torch.stack(
+        [_nearest(queries, _of(p_ref, b), _of(places, b), chunk_bytes) for b, queries in enumerate(p_out)]
+    )
 
 
 def _placed(f: Tensor, position_weight: float, periods: tuple[float, ...]) -> Tensor:
@@ -71,8 +80,16 @@ def _placed(f: Tensor, position_weight: float, periods: tuple[float, ...]) -> Te
     return rearrange(f, "b c h w -> b (h w) c")
 
 
-def _nearest(queries: Tensor, keys: Tensor, chunk_bytes: int) -> Tensor:
-    """Index of the key [M, C] of highest cosine for every query [N, C] -> [N]; a tie goes to the lowest index."""
+def _of(one_or_each: Sequence[T], image: int) -> T:
+    return one_or_each[min(image, len(one_or_each) - 1)]
+
+
+def _nearest(queries: Tensor, keys: Tensor, places: Tensor | None, chunk_bytes: int) -> Tensor:
+    """Index of the key [M, C] of highest cosine for every query [N, C] -> [N], among the keys at `places` (None: all);
+    a tie goes to the lowest index.
+    """
+    if places is not None:
+        return places[_nearest(queries, keys[places], None, chunk_bytes)]
     # A row of cosines and one of flags.
     rows = max(1, chunk_bytes // (len(keys) * (queries.element_size() + 1)))
     tolerance = TIE * torch.finfo(queries.dtype).eps
@@ -84,23 +101,25 @@ def _nearest(queries: Tensor, keys: Tensor, chunk_bytes: int) -> Tensor:
     return torch.cat(found)
 
 
-def _match_by_region(p_out: Tensor, p_ref: Tensor, regions: SemanticMap, chunk_bytes: int) -> Tensor:
+def _match_by_region(
+    p_out: Tensor, p_ref: Tensor, regions: SemanticMap, within: tuple[Tensor, ...] | None, chunk_bytes: int
+) -> Tensor:
     matches = torch.empty(p_out.shape[:2], dtype=torch.int64, device=p_out.device)
     for b, queries in enumerate(p_out):
-        keys = p_ref[min(b, len(p_ref) - 1)]
-        here = _places_by_region(regions.content[min(b, len(regions.content) - 1)])
-        there = _places_by_region(regions.style[min(b, len(regions.style) - 1)])
+        anywhere = _of(within or (None,), b)
+        here = _places_by_region(_of(regions.content, b), None)
+        there = _places_by_region(_of(regions.style, b), anywhere)
         for region, positions in here.items():
-            if (targets := there.get(region)) is None:
-                matches[b, positions] = _nearest(queries[positions], keys, chunk_bytes)
-            else:
-                matches[b, positions] = targets[_nearest(queries[positions], keys[targets], chunk_bytes)]
+            targets = there.get(region, anywhere)
+            matches[b, positions] = _nearest(queries[positions], _of(p_ref, b), targets, chunk_bytes)
     return matches
 
 
-def _places_by_region(labels: Tensor) -> dict[int, Tensor]:
-    """Row-major indices, rising, of the positions of each region of a map [h, w]."""
-    found, order = labels.flatten().sort(stable=True)
+def _places_by_region(labels: Tensor, within: Tensor | None) -> dict[int, Tensor]:
+    """Row-major indices, rising, of the positions (of `within`) of each region of a map [h, w]."""
+    flat = labels.flatten()
+    found, order = (flat if within is None else flat[within]).sort(stable=True)
+    order = order if within is None else within[order]
     regions, counts = torch.unique_consecutive(found, return_counts=True)
     return dict(zip(regions.tolist(), order.split(counts.tolist()), strict=True))
 

@@ -27,6 +27,7 @@ class StepAdaIN:
         start: part 0..1 of those steps before the first AdaIN, 0.33 and 0.67 for thirds; 1 switches it off.
         regions: content and style maps, or None for the whole picture.
         strength: 0..1 of the effect of all its steps together: each of n steps gets `1 - (1 - strength)^(1/n)`.
+        content_mask, style_mask: of `adain_latents`, or None.
     Raises:
         ValueError: start or strength outside 0..1.
     """
@@ -36,6 +37,8 @@ class StepAdaIN:
     start: float = PUBLISHED_START
     regions: SemanticMap | None = None
     strength: float = 1.0
+    content_mask: Tensor | None = None
+    style_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("strength", self.strength)):
@@ -63,9 +66,12 @@ class StepAdaIN:
                 f"{list(shape)}: it needs as many channels, and one picture or as many as are being made"
             )
         # Tried once, so that maps that do not fit are not found out about in the middle of a run.
-        adain_latents(self.reference.clean.new_zeros(shape), self.reference.clean, self.regions)
+        self._act(self.reference.clean.new_zeros(shape), self.reference.clean)
 
     def __call__(self, x: Tensor, step: int, sigma: Tensor) -> Tensor:
         if step < self.first:
             return x
-        return adain_latents(x, self.reference.at(sigma).to(x), self.regions, self.step_strength)
+        return self._act(x, self.reference.at(sigma).to(x))
+
+    def _act(self, x: Tensor, reference: Tensor) -> Tensor:
+        return adain_latents(x, reference, self.regions, self.step_strength, self.content_mask, self.style_mask)

@@ -200,6 +200,21 @@ LAYOUTS = {
         },
         thumbnail=("Context", "Reference", "Restyled", "Restyled region by region"),
     ),
+    "semantix_two_references": Layout(
+        title="Semantix: two references, each for its part",
+        note="Masks say which part of the context (**content_mask**) takes its style from which part of which "
+        "reference (**style_mask**): here the sky from one, all else from another. Each has its own **style_weight**; "
+        "the second's spatial and semantic weights are 0, since the first's act everywhere and energies add.\n\n"
+        "Bypass **Colours of** ... to switch AdaIN off.",
+        groups={
+            "Scenes and masks": [[1, 2, 3, 4], [5, 6, 7, 8, 9], [13, 14, 15, 16, 17]],
+            "Invert all": [[10, 11, 12]],
+            "An energy for each": [[18, 19], [20, 21]],
+            "Replay": [[22, 23, 24], [25, 26]],
+            "Pictures": [[27, 30], [28, 29]],
+        },
+        thumbnail=("Context", "The sky's reference", "The land's reference", "Restyled"),
+    ),
     "semantix_ablations": Layout(
         title="Semantix: what each term does",
         note="The same two inversions, restyled with all terms and with some switched off (weight 0; adain_start 1 "

@@ -9,10 +9,11 @@ from comfy_api.latest import io
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.benchmarks.text_models import small_clip
 from semantic_style.nodes import SemanticStyleExtension
+from semantic_style.nodes.nodes_adain import ReplayAdaIN
 from semantic_style.nodes.nodes_embedding import SpinEmbedding
-from semantic_style.nodes.nodes_inversion import DDPMInversion
+from semantic_style.nodes.nodes_inversion import DDPMInversion, Replay
 from semantic_style.nodes.nodes_maps import MapFromMasks
-from semantic_style.nodes.nodes_semantix import AS_SET, KSampler
+from semantic_style.nodes.nodes_semantix import AS_SET, KSampler, SemantixEnergy
 from semantic_style.nodes.nodes_spin import ApplySpin, KeepBackground, SpinStyleEnergy
 
 import nodes
@@ -60,9 +61,36 @@ def from_style_masks(mask, model, inversion):
     return MapFromMasks.execute([half(), 1 - half()], [mask, 1 - mask], ["auto"]).result[0].style
 
 
-def restyled(mask, model, inversion):
+def restyled(mask, model, inversion, name="mask"):
     weights = (1.0, AS_SET, 3.0, 0.9, 0.0, 0.0)
-    return KSampler.execute(model, PROMPT, EMPTY, inversion, inversion, *weights, mask=mask).result[0]["samples"]
+    return KSampler.execute(model, PROMPT, EMPTY, inversion, inversion, *weights, **{name: mask}).result[0]["samples"]
+
+
+def restyled_part(mask, model, inversion):
+    return restyled(mask, model, inversion, "content_mask")
+
+
+def restyled_from_part(mask, model, inversion):
+    return restyled(mask, model, inversion, "style_mask")
+
+
+def style_term(mask, model, inversion, name="content_mask"):
+    weights = (AS_SET, 3.0, 0.9, 0.0, 0.0, 0.0, 1.0)
+    return getattr(SemantixEnergy.execute(inversion, inversion, *weights, **{name: mask}).result[0].terms[0], name)
+
+
+def style_term_from(mask, model, inversion):
+    return style_term(mask, model, inversion, "style_mask")
+
+
+def along_replay(mask, model, inversion, name="content_mask"):
+    sampler = Replay.execute(inversion, 0, True).result[1]
+    (adain,) = ReplayAdaIN.execute(sampler, inversion, 0.0, 1.0, **{name: mask}).result[0].adains
+    return getattr(adain, name)
+
+
+def along_replay_from(mask, model, inversion):
+    return along_replay(mask, model, inversion, "style_mask")
 
 
 def spun(mask, model, inversion):
@@ -84,6 +112,12 @@ INPUTS = {
     ("SemanticStyleMapFromMasks", "content"): from_masks,
     ("SemanticStyleMapFromMasks", "style"): from_style_masks,
     ("SemanticStyleKSampler", "mask"): restyled,
+    ("SemanticStyleKSampler", "content_mask"): restyled_part,
+    ("SemanticStyleKSampler", "style_mask"): restyled_from_part,
+    ("SemanticStyleSemantixEnergy", "content_mask"): style_term,
+    ("SemanticStyleSemantixEnergy", "style_mask"): style_term_from,
+    ("SemanticStyleReplayAdaIN", "content_mask"): along_replay,
+    ("SemanticStyleReplayAdaIN", "style_mask"): along_replay_from,
     ("SemanticStyleApplySpin", "mask"): spun,
     ("SemanticStyleSpinStyleEnergy", "mask"): energy,
     ("SemanticStyleKeepBackground", "mask"): pasted,
@@ -106,7 +140,10 @@ def test_a_mask_with_a_channel_axis_or_without_batch_is_the_same(use, model, inv
         assert torch.equal(use(same, model, inversion), expected)
 
 
-@pytest.mark.parametrize("use", [embedding, restyled, energy], ids=lambda use: use.__name__)
+CROPPED = (embedding, restyled, energy, style_term, style_term_from, along_replay, along_replay_from)
+
+
+@pytest.mark.parametrize("use", CROPPED, ids=lambda use: use.__name__)
 def test_a_mask_of_the_picture_before_its_encoding_is_cropped_with_it(use, model, inversion):
     """The latent of 8x8 places stands for the middle 64x64 of 71x70 pixels."""
     mask = torch.zeros(1, 71, 70)

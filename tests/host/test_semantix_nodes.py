@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import comfy.model_management
+import comfy.samplers
 import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import CFGGuider, SamplerCustomAdvanced
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.energy_guider import EnergyGuider
+from semantic_style.host.reference_cache import CACHE
 from semantic_style.nodes import nodes_semantix
+from semantic_style.nodes.nodes_adain import ReplayAdaIN
 from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, Replay
 from semantic_style.nodes.nodes_semantix import AS_SET, CombineEnergies, Guider, KSampler, SemantixEnergy
 from semantic_style.regions.adain import adain_latents
@@ -73,8 +76,10 @@ def energy(context, reference, **settings):
     return SemantixEnergy.execute(context, reference, **settings).args[0]
 
 
-def sample(guider, context, mask=None, skip=0, **settings):
+def sample(guider, context, mask=None, skip=0, adains=(), **settings):
     noise, sampler, sigmas, image = Replay.execute(context, skip, True, **settings).args
+    for adain in adains:
+        (sampler,) = ReplayAdaIN.execute(sampler, **adain).args
     if mask is not None:
         image = {**image, "noise_mask": mask}
     return SamplerCustomAdvanced().sample(noise, guider, sampler, sigmas, image)[0]["samples"]
@@ -166,6 +171,93 @@ def test_the_one_node_is_the_graph_of_its_parts(model, context, reference, setti
     adain = {"adain_reference": reference, "adain_start": 0.5, "semantic_map": regions}
     assert torch.equal(out, guided(model, context, parts, **adain, **replay_settings))
     assert difference(out, context) > 0.1
+
+
+def part(height, width, rows=slice(None), columns=slice(None)):
+    mask = torch.zeros(1, height, width)
+    mask[:, rows, columns] = 1.0
+    return mask
+
+
+def test_masks_of_the_one_node_are_those_of_its_parts(model, context, reference):
+    where = {"content_mask": part(64, 64, columns=slice(32)), "style_mask": part(64, 96, rows=slice(24, 64))}
+    where["semantic_map"] = SemanticMap(halves(), halves(width=12))
+    out, _, report = transfer(model, context, reference, adain_start=0.5, **where)
+    adain = {"reference": reference, "adain_start": 0.5, **where}
+    assert torch.equal(out, guided(model, context, energy(context, reference, **where), adains=[adain]))
+    for name in where:
+        left_out = {n: v for n, v in where.items() if n != name}
+        assert not torch.allclose(out, transfer(model, context, reference, adain_start=0.5, **left_out)[0], atol=0.01)
+    assert "no position" not in report
+    where["style_mask"] = part(64, 96, rows=slice(32, 64))
+    _, _, report = transfer(model, context, reference, adain_start=0.5, **where)
+    assert "Note: region 0 of the content has no position in the reference's style_mask" in report
+
+
+def test_a_content_mask_with_a_noise_mask_of_the_same_part(model, context, reference):
+    left = part(64, 64, columns=slice(32))
+    both, _, _ = transfer(model, context, reference, content_mask=left, mask=left)
+    assert (both - context.to_outer(context.clean))[..., 4:].abs().max() * SD15_SCALE < 1e-5
+    assert difference(both, context) > 0.1
+    (free, _, _) = transfer(model, context, reference, content_mask=left)
+    assert (free - context.to_outer(context.clean))[..., 4:].abs().max() * SD15_SCALE > 1e-3
+
+
+def test_two_references_on_two_parts_cost_one_call_more_a_level(model, context, reference, evaluations):
+    other = invert(model, latent(1, 4, 10, 8, seed=3), EMPTY, 1.0)
+    left, right = part(64, 64, columns=slice(32)), part(64, 64, columns=slice(32, 64))
+    parts = [
+        energy(context, reference, content_mask=left, style_mask=part(64, 96, rows=slice(32))),
+        energy(context, other, content_mask=right, spatial_weight=0.0, semantic_weight=0.0),
+    ]
+    (both,) = CombineEnergies.execute(*parts).args
+    assert len(both.streams) == 3
+    CACHE.clear()
+    evaluations.clear()
+    out = guided(model, context, both)
+    # The picture's with gradient and the negative's, the context's, and one for each reference.
+    assert len(evaluations) == (2 + 1 + 2) * STEPS
+    evaluations.clear()
+    assert torch.equal(guided(model, context, both), out)
+    assert len(evaluations) == 2 * STEPS
+    (swapped,) = CombineEnergies.execute(*reversed(parts)).args
+    torch.testing.assert_close(guided(model, context, swapped), out, rtol=0, atol=1e-4 / SD15_SCALE)
+    assert not torch.allclose(guided(model, context, parts[0]), out, atol=0.01)
+
+
+def test_adains_along_a_replay_act_each_in_its_part(model, context, reference):
+    other = invert(model, latent(1, 4, 10, 8, seed=3), EMPTY, 1.0)
+    left, right = part(64, 64, columns=slice(32)), part(64, 64, columns=slice(32, 64))
+    adains = [
+        {"reference": reference, "adain_start": 0.0, "content_mask": left},
+        {"reference": other, "adain_start": 0.5, "content_mask": right, "style_mask": part(80, 64, rows=slice(40))},
+    ]
+    out = plain(model, context, adains=adains)
+    recorded = iter(predictions(model, context, adains=adains))
+
+    def after_step(x, step, sigma):
+        x = torch.cat([adain_latents(x[..., :4], reference.trajectory[step + 1]), x[..., 4:]], dim=-1)
+        if step < STEPS // 2:
+            return x
+        top = other.trajectory[step + 1][:, :, :5]
+        return torch.cat([x[..., :4], adain_latents(x[..., 4:], top)], dim=-1)
+
+    start = context.trajectory[0]
+    expected = replay(lambda x, s: next(recorded), start, context.sigmas, inversion=context, after_step=after_step)
+    torch.testing.assert_close(context.to_inner(out), expected, rtol=0, atol=1e-5)
+    assert torch.equal(plain(model, context, adains=adains[:1]), plain(model, context, adains=[adains[0], off(other)]))
+    whole = {"adain_reference": reference, "adain_start": 0.5}
+    one = {"reference": reference, "adain_start": 0.5}
+    assert torch.equal(plain(model, context, **whole), plain(model, context, adains=[one]))
+
+
+def off(reference):
+    return {"reference": reference, "strength": 0.0}
+
+
+def test_adain_along_something_else_is_refused(reference):
+    with pytest.raises(ValueError, match="connect the SAMPLER of Replay Inversion"):
+        ReplayAdaIN.execute(comfy.samplers.sampler_object("euler"), reference)
 
 
 def test_published_weights_are_the_papers_numbers(context, reference):
@@ -413,6 +505,16 @@ def test_bad_inputs_are_refused_before_any_work(model, context, reference, evalu
         (lambda: with_map(halves(1), halves(3)), "3 style maps for 1 references"),
         (lambda: with_map(halves(3), halves(1), **NO_WEIGHTS), "3 content maps for 1 pictures"),
         (lambda: plain(model, context, **adain, semantic_map=SemanticMap(halves(3), halves(1))), "content labels"),
+        (lambda: run(content_mask=part(64, 64, rows=slice(0))), "the content_mask is empty.* Paint the part"),
+        (lambda: run(style_mask=part(64, 64, rows=slice(0))), "the style_mask is empty.* Paint the part"),
+        (lambda: run(content_mask=torch.ones(2, 64, 64)), "2 content_masks for 1 pictures"),
+        (lambda: run(style_mask=torch.ones(2, 64, 64)), "2 style_masks for 1 references"),
+        (lambda: run(style_mask=torch.ones(2, 64, 64), **NO_WEIGHTS), "2 style_masks for 1 references"),
+        (
+            lambda: plain(model, context, adains=[{**off(reference), "style_mask": torch.ones(2, 8, 8)}]),
+            "one is needed",
+        ),
+        (lambda: plain(model, context, adains=[off(two)]), "one picture or as many as"),
         (lambda: guided(model, context, energy(smaller, reference)), "same size"),
         (lambda: guided(model, context, energy(two, reference)), "one picture or as many as"),
         (lambda: guided(model, context, Energy(()), adain_reference=two), "one picture or as many as"),

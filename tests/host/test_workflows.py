@@ -244,6 +244,23 @@ def test_each_term_changes_the_picture_and_nothing_gives_the_context_back(comfy_
         assert np.abs(found[title][0] - whole).mean() > 0.01, title
 
 
+def test_two_references_give_each_its_part_of_the_picture(comfy_client: Client) -> None:
+    graph = in_steps("semantix_two_references", 8)
+    found = pictures(comfy_client, graph)
+    context, labels = drawn(titled(graph, "Draw the context"))
+    for part, sky in (("sky", True), ("land", False)):
+        mine, others = (drawn(titled(graph, f"Draw the {p}'s reference")) for p in (part, "land" if sky else "sky"))
+        inside = (labels == scenes.SKY) == sky
+
+        def colour(picture: np.ndarray, its_labels: np.ndarray, sky: bool = sky) -> np.ndarray:
+            return picture[(its_labels == scenes.SKY) == sky].mean(axis=0)
+
+        made = found["Restyled"][0][inside].mean(axis=0)
+        distance = np.linalg.norm(made - colour(*mine))
+        assert distance < 0.6 * np.linalg.norm(colour(context, labels) - colour(*mine)), part
+        assert distance < 0.6 * np.linalg.norm(made - colour(*others)), part
+
+
 def test_a_moving_scene_is_restyled_frame_by_frame(comfy_client: Client) -> None:
     graph = in_steps("semantix_video", 3)
     titled(graph, "Draw the moving context")["frames"] = 3

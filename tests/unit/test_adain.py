@@ -4,7 +4,8 @@ import pytest
 import torch
 from einops import rearrange
 from safetensors.torch import load_file
-from semantic_style.regions.adain import adain, region_adain
+from semantic_style.regions.adain import adain, adain_latents, region_adain
+from semantic_style.regions.semantic_map import SemanticMap
 
 EPS = 1e-5
 
@@ -122,3 +123,41 @@ def test_refusals_of_settings_and_labels():
         region_adain(x, x, torch.zeros(1, 64, 64, dtype=torch.int64), fits)
     with pytest.raises(ValueError, match="min_tokens"):
         region_adain(x, x, fits, fits, min_tokens=0)
+
+
+def test_masks_say_whose_statistics_count_and_where():
+    content, style = random(2, 3, 4, 6), 3 + 2 * random(1, 3, 5, 5, seed=1)
+    left, top = torch.zeros(1, 4, 6), torch.zeros(1, 5, 5)
+    left[..., :3], top[:, :2] = 1.0, 1.0
+    out = adain_latents(content, style, content_mask=left, style_mask=top)
+    torch.testing.assert_close(out[..., :3], adain(content[..., :3], style[:, :, :2]), rtol=0, atol=1e-9)
+    assert torch.equal(out[..., 3:], content[..., 3:])
+    soft = adain_latents(content, style, content_mask=left * 0.25, style_mask=top)
+    torch.testing.assert_close(soft, torch.lerp(content, out, 0.25), rtol=0, atol=1e-9)
+
+
+def test_a_style_mask_limits_regions_and_what_lacking_ones_take():
+    content, style = random(1, 3, 4, 6), 3 + 2 * random(1, 3, 6, 6, seed=1)
+    lc, ls = torch.zeros(1, 4, 6, dtype=torch.int64), torch.zeros(1, 6, 6, dtype=torch.int64)
+    lc[..., 3:], ls[..., 3:] = 1, 1
+    mask = torch.zeros(1, 6, 6)
+    mask[..., :2] = 1.0  # a part of region 0, nothing of region 1
+    out = adain_latents(content, style, SemanticMap(lc, ls), style_mask=mask)
+    for side in (slice(0, 3), slice(3, 6)):
+        torch.testing.assert_close(out[..., side], adain(content[..., side], style[..., :2]), rtol=0, atol=1e-9)
+    speck = torch.zeros(1, 6, 6)
+    speck[0, 2, 2] = 1.0
+    out = adain_latents(content, style, style_mask=speck)
+    torch.testing.assert_close(out, adain(content, style), rtol=0, atol=1e-9, msg="too few to have statistics")
+
+
+def test_masks_of_a_video_and_those_that_do_not_fit():
+    video, style = random(1, 3, 2, 4, 6), random(1, 3, 1, 5, 5, seed=1)
+    masks = torch.zeros(2, 4, 6)
+    masks[0, :2], masks[1, 2:] = 1.0, 1.0
+    out = adain_latents(video, style, content_mask=masks)
+    for frame in range(2):
+        alone = adain_latents(video[:, :, frame], style[:, :, 0], content_mask=masks[frame : frame + 1])
+        torch.testing.assert_close(out[:, :, frame], alone, rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match=r"content_masks .* one is needed, or one for each of 3"):
+        adain_latents(random(3, 3, 4, 6), style[:, :, 0], content_mask=masks)

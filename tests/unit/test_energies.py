@@ -45,6 +45,20 @@ def test_style_energy_is_the_sum_over_places(references):
         assert energy[b].item() == pytest.approx(total, rel=1e-6)
 
 
+@pytest.mark.parametrize("masks", [1, 3])
+def test_a_mask_weighs_the_places_of_the_style_energy(masks):
+    out, reference = random(3, 5, 4, 3), random(1, 5, 2, 7, seed=1)
+    matches, mask = indices(3, 12, below=14), random(masks, 4, 3, seed=2).sigmoid()
+    energy = style_feature_energy(out, reference, matches, mask)
+    for b in range(3):
+        total = 0.0
+        for i in range(12):
+            f_ref = reference[0, :, int(matches[b, i]) // 7, int(matches[b, i]) % 7]
+            weight = float(mask[min(b, masks - 1), i // 3, i % 3])
+            total += weight * one_minus_cosine(out[b, :, i // 3, i % 3], f_ref)
+        assert energy[b].item() == pytest.approx(total, rel=1e-6)
+
+
 @pytest.mark.parametrize("contexts", [1, 3])
 def test_spatial_energy_is_the_sum_over_places(contexts):
     out, context = random(3, 6, 2, 5), random(contexts, 6, 2, 5, seed=1)

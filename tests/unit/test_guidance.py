@@ -7,6 +7,7 @@ import torch
 from semantic_style.attention.layers import cross_attention_layers, feature_blocks
 from semantic_style.paperland.model import Paperland
 from semantic_style.paperland.unet import UNetConfig, attention
+from semantic_style.regions.masks import mask_on_grid
 from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 from semantic_style.samplers.energies import semantic_distance, spatial_feature_energy, style_feature_energy
@@ -304,6 +305,83 @@ def test_a_terms_maps_must_fit_the_pictures(inversions):
         StyleTerm(Stream(reference), 1.0, regions=SemanticMap(labels, labels[:1])).check_fits((1, 48, 8, 12))
     with pytest.raises(ValueError, match="3 style maps for 1 references"):
         StyleTerm(Stream(reference), 1.0, regions=SemanticMap(labels, labels)).check_fits((3, 48, 8, 12))
+
+
+def test_masks_of_the_style_term(model, prompts, inversions):
+    """Positions outside the content_mask have no part, and nothing outside the style_mask is matched."""
+    _, reference = inversions
+    out = features(model, random(1, 48, 8, 12, seed=9), SIGMA, prompts[0])
+    theirs = features(model, reference.at(SIGMA), SIGMA, prompts[1])
+    content_mask, style_mask = torch.zeros(1, 16, 24), torch.zeros(1, 24, 32)
+    content_mask[:, :, :10], style_mask[:, 12:] = 0.5, 1.0
+    term = StyleTerm(Stream(reference), 1.0, content_mask=content_mask, style_mask=style_mask)
+    expected = []
+    for f, r in zip(out.stages, theirs.stages, strict=True):
+        below = torch.arange(r.shape[2] // 2 * r.shape[3], r.shape[2] * r.shape[3])
+        on_grid = mask_on_grid(content_mask, (f.shape[2], f.shape[3]))
+        expected.append(style_feature_energy(f, r, find_matches(f, r, 3.0, within=(below,)), on_grid))
+    assert torch.equal(term.value(out, theirs, None, Resampled()), (expected[0] + expected[1]) / 2)
+    everywhere = StyleTerm(Stream(reference), 1.0, content_mask=torch.ones(1, 5, 3), style_mask=torch.ones(1, 2, 2))
+    plain = StyleTerm(Stream(reference), 1.0).value(out, theirs, None, Resampled())
+    assert torch.allclose(everywhere.value(out, theirs, None, Resampled()), plain, rtol=1e-12)
+
+
+def test_a_speck_of_a_style_mask_is_matched_at_every_stage(model, prompts, inversions):
+    _, reference = inversions
+    out = features(model, random(1, 48, 8, 12, seed=9), SIGMA, prompts[0])
+    theirs = features(model, reference.at(SIGMA), SIGMA, prompts[1])
+    speck = torch.zeros(1, 96, 128)
+    speck[0, 50, 70] = 0.1
+    expected = []
+    for f, r in zip(out.stages, theirs.stages, strict=True):
+        place = 50 * r.shape[2] // 96 * r.shape[3] + 70 * r.shape[3] // 128
+        expected.append(style_feature_energy(f, r, torch.full((1, f.shape[2:].numel()), place)))
+    value = StyleTerm(Stream(reference), 1.0, style_mask=speck).value(out, theirs, None, Resampled())
+    assert torch.equal(value, (expected[0] + expected[1]) / 2)
+
+
+def test_masks_of_the_style_term_must_fit_and_have_something(inversions):
+    _, reference = inversions
+    masks = torch.ones(2, 8, 12)
+    with pytest.raises(ValueError, match="2 content_masks for 1 pictures"):
+        StyleTerm(Stream(reference), 1.0, content_mask=masks).check_fits((1, 48, 8, 12))
+    with pytest.raises(ValueError, match="2 style_masks for 1 references"):
+        StyleTerm(Stream(reference), 1.0, style_mask=masks).check_fits((2, 48, 8, 12))
+    for name in ("content_mask", "style_mask"):
+        with pytest.raises(ValueError, match=rf"the {name} is empty.* Paint the part"):
+            StyleTerm(Stream(reference), 1.0, **{name: torch.zeros(1, 8, 12)})
+    masks[1] = 0.0
+    with pytest.raises(ValueError, match=r"number 2 of the 2 style_masks is empty.* Paint the part"):
+        StyleTerm(Stream(reference), 1.0, style_mask=masks)
+    StyleTerm(Stream(reference), 1.0, content_mask=masks).check_fits((2, 48, 8, 12))
+
+
+def test_regions_without_matches_are_noted(inversions):
+    _, reference = inversions
+    content, style = torch.zeros(1, 8, 12, dtype=torch.int64), torch.zeros(1, 12, 16, dtype=torch.int64)
+    content[:, 4:], content[:, :, 6:], style[:, :, 8:] = 1, 2, 2
+    regions, right = SemanticMap(content, style), torch.zeros(1, 12, 16)
+    right[:, :, 8:] = 1.0
+    shape = (1, 48, 8, 12)
+    (note,) = StyleTerm(Stream(reference), 1.0, regions=regions).notes(shape)
+    assert note.startswith("region 1 of the content has no position in the reference on")
+    (note,) = StyleTerm(Stream(reference), 1.0, regions=regions, style_mask=right).notes(shape)
+    assert note.startswith("regions 0, 1 of the content have no position in the reference's style_mask on")
+    assert not StyleTerm(Stream(reference), 1.0, style_mask=right).notes(shape)
+    outside = {"content_mask": right, "style_mask": right}
+    assert not StyleTerm(Stream(reference), 1.0, regions=regions, **outside).notes(shape), "nothing of them is drawn"
+
+
+def test_windows_of_a_clip_take_their_frames_masks(model, prompts, inversions):
+    _, reference = inversions
+    out = features(model, random(2, 48, 8, 12, seed=9), SIGMA, prompts[0])
+    theirs = features(model, reference.at(SIGMA), SIGMA, prompts[1])
+    masks = random(3, 8, 12, seed=10).sigmoid()
+    whole = StyleTerm(Stream(reference), 1.0, content_mask=masks)
+    chosen = StyleTerm(Stream(reference), 1.0, content_mask=masks[[2, 0]])
+    resampled = Resampled()
+    assert torch.equal(whole.value(out, theirs, (2, 0), resampled), chosen.value(out, theirs, None, resampled))
+    assert not torch.equal(whole.value(out, theirs, (0, 2), resampled), chosen.value(out, theirs, None, resampled))
 
 
 def test_windows_of_a_clip_take_their_frames_maps(model, prompts, inversions):

@@ -32,7 +32,7 @@ def placed(f, weight, row, column):
     return v
 
 
-def search(out, reference, weight, out_labels=None, reference_labels=None):
+def search(out, reference, weight, out_labels=None, reference_labels=None, within=None):
     """One place after another; the first of the best wins."""
     b, _, h, w = out.shape
     _, _, h_ref, w_ref = reference.shape
@@ -41,7 +41,7 @@ def search(out, reference, weight, out_labels=None, reference_labels=None):
         r = reference[min(image, len(reference) - 1)]
         for i in range(h * w):
             p = placed(out[image], weight, i // w, i % w)
-            allowed = list(range(h_ref * w_ref))
+            allowed = list(range(h_ref * w_ref)) if within is None else within[min(image, len(within) - 1)].tolist()
             if out_labels is not None:
                 own = out_labels[min(image, len(out_labels) - 1)].flatten()[i]
                 theirs = reference_labels[min(image, len(reference_labels) - 1)].flatten()
@@ -198,3 +198,19 @@ def test_refusals_of_settings_and_maps():
         find_matches(x, x, 1.0, SemanticMap(labels(2, 4, 4, regions=2), labels(1, 4, 4, regions=2)))
     with pytest.raises(ValueError, match="2 style maps for 3 images"):
         find_matches(x, x, 1.0, SemanticMap(labels(1, 4, 4, regions=2), labels(2, 4, 4, regions=2)))
+
+
+@pytest.mark.parametrize("references", [1, 3])
+@pytest.mark.parametrize("masks", [1, 3])
+@pytest.mark.parametrize("by_region", [False, True])
+def test_matches_are_looked_for_within_some_positions(references, masks, by_region):
+    out, reference = random(3, 16, 4, 5), random(references, 16, 3, 6, seed=1)
+    within = tuple(torch.randperm(18, generator=torch.Generator().manual_seed(i))[: 4 + i].sort()[0] for i in range(3))
+    within = within[:masks]
+    own, theirs = labels(1, 4, 5, regions=5), labels(1, 3, 6, regions=5, seed=2)
+    regions = (own, theirs) if by_region else ()
+    found = find_matches(out, reference, 0.7, SemanticMap(*regions) if by_region else None, PERIODS, within=within)
+    assert torch.equal(found, search(out, reference, 0.7, *regions, within=within))
+    if by_region:
+        there = [set(theirs.flatten()[places].tolist()) for places in within]
+        assert any(set(own.flatten().tolist()) - found for found in there), "some region must have nothing within"
