@@ -37,9 +37,7 @@ def node_defs(schemas: Iterable[Any], say: Callable[[str], str]) -> dict[str, An
             "display_name": say(schema.display_name),
             "description": say(schema.description),
             "inputs": {_key(i.id): socket(i.display_name or i.id, i.tooltip) for i in schema.inputs},
-            "outputs": {
-                str(n): socket(o.display_name or o.io_type, o.tooltip) for n, o in enumerate(schema.outputs)
-            },
+            "outputs": {str(n): socket(o.display_name or o.io_type, o.tooltip) for n, o in enumerate(schema.outputs)},
         }
         for schema in sorted(schemas, key=lambda schema: schema.node_id)
     }
