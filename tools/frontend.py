@@ -127,11 +127,14 @@ def why_no_browser() -> str | None:
 
 
 @contextlib.contextmanager
-def open_frontend(address: str) -> Iterator[Frontend]:
-    """The frontend of the ComfyUI at `address` ("host:port"), loaded, in a browser of its own."""
+def open_frontend(address: str, language: str = "en") -> Iterator[Frontend]:
+    """The frontend of the ComfyUI at `address` ("host:port"), loaded, in a browser of its own.
+
+    The server keeps the `language` as its user's setting.
+    """
     from playwright.sync_api import sync_playwright
 
-    for name, value in QUIET.items():
+    for name, value in {**QUIET, "Comfy.Locale": language}.items():
         _post(f"http://{address}/settings/{name}", value)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=_browser(), args=[f"--{flag}" for flag in FLAGS])
