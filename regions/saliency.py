@@ -223,10 +223,10 @@ def _touch(part: Tensor) -> float:
     top, bottom, left, right = (int(line.sum()) for line in (part[0], part[-1], part[:, 0], part[:, -1]))
     through = bool(top and bottom) or bool(left and right)
     touch = (top + bottom + left + right) / max(1, int(part.sum())) ** 0.5
-    return touch + STREWN * (_compactness(part) < COMPACT) + REACHES * through
+    return touch + STREWN * (compactness(part) < COMPACT) + REACHES * through
 
 
-def _compactness(part: Tensor) -> float:
+def compactness(part: Tensor) -> float:
     """A part's size over that of the disc whose positions lie as far from their middle, in the mean square."""
     positions = part.nonzero().double()
     if not len(positions):

@@ -9,7 +9,8 @@ Our reading, measured on Paperland (docs/saliency.md):
 * a layer counts by its share of its own peak, decoder levels are multiplied rather than added, the finer one twice:
   the coarse one knows what a thing is, the fine one where it ends;
 * positions are neighbours by the cosine of their features, as for the cut without a word, and by their distance;
-* the subject is where the map reaches a share of its peak.
+* the subject is where the map reaches a share of its peak; a larger share while that is strewn or drawn out, if then it
+  is not.
 """
 
 import math
@@ -19,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .saliency import MAX_SIDE, Saliency, border, directions, reduced
+from .saliency import MAX_SIDE, Saliency, border, compactness, directions, reduced
 
 SHARE = 0.5  # of the peak, from which a position belongs to the subject
+RAISED = 0.1  # of what is left up to the peak, by which the share is raised at a time
+COMPACT = 0.5  # a subject at least, if it can be had: a bar four times as long as wide
 ALIKE = 0.3  # cosine from which positions are neighbours
 REACH = 1.5  # positions over which neighbours count less, a Gaussian's deviation
 STEPS = 3  # of the walk
@@ -59,7 +62,7 @@ def find_by_word(
     f = reduced(features.detach().cpu().double(), max_side)
     grid = (f.shape[1], f.shape[2])
     m = _walk(attention_of(levels, grid), neighbours(f))
-    hard = m > share * m.max()
+    hard = _above(m, share)
     if hard.all():
         raise ValueError(
             "the attention for the word is the same everywhere: the picture does not show it, or the model does not "
@@ -71,6 +74,12 @@ def find_by_word(
     hard = F.interpolate(hard[None, None].float(), size=size, mode="nearest-exact")[0, 0] > 0.5
     soft = F.interpolate(soft[None, None], size=size, mode="bilinear")[0, 0].float()
     return Saliency(soft.to(device), hard.to(device), contact, touching=False, cuts=0)
+
+
+def _above(m: Tensor, share: float) -> Tensor:
+    """Where a map [h, w] reaches a share of its peak, or the first larger share where that is compact."""
+    tried = [m > m.max() * (share + (1 - share) * RAISED * k) for k in range(round(1 / RAISED))]
+    return next((part for part in tried if compactness(part) >= COMPACT), tried[0])
 
 
 def attention_of(levels: Sequence[Sequence[Tensor]], grid: tuple[int, int]) -> Tensor:
