@@ -20,6 +20,7 @@ from torch import Tensor
 from ..paperland import scenes
 from ..paperland.scenes import Scenes
 from ..pictures.overlay import overlay_subject
+from ..regions.masks import grow
 from . import pool, report
 from .host import Demo, call, demo
 
@@ -29,7 +30,7 @@ STYLES = 5000  # a scene's style seed is its layout seed and this
 OLD_THRESHOLD, WEAK = 0.2, 1e-5
 SHOWN = 6
 ONE_CUT, METHOD, WORD, PARTS = "one cut", "method", "word", "word and parts"
-SMALLER = {METHOD: 0, "method, 4 px smaller": -4}  # the node's grow
+SMALLER = "method, 4 px smaller"  # the node's grow
 LANDSCAPE = "landscape with one house or tree"
 
 
@@ -63,19 +64,17 @@ def subjects(model: Demo, image: Tensor, kind: str) -> dict[str, Tensor]:
         mean = torch.stack([F.normalize(look.stages[-1], dim=1) for look in looks]).mean(dim=0)[0]
         places = one_cut(mean)[None, None].float()
     found = {ONE_CUT: F.interpolate(places, image.shape[1:3], mode="bilinear")[0, 0] > 0.5}
-    word, parts = kind, ", ".join(scenes.REGIONS[region] for region in scenes.OBJECTS[kind])
-    told = {name: {"clip": model.clip, "class_word": text} for name, text in ((WORD, word), (PARTS, parts))}
-    for name, more in ({name: {"grow": grow} for name, grow in SMALLER.items()} | told).items():
-        if name == PARTS and parts == word:
+    parts = ", ".join(scenes.REGIONS[region] for region in scenes.OBJECTS[kind])
+    told = {METHOD: "", WORD: kind, PARTS: parts}
+    for name, word in told.items():
+        if name == PARTS and parts == kind:
             found[PARTS] = found[WORD]
             continue
-        try:
-            mask = call(FindSubject, model=model.model, latent=latent, prompt=prompt, image=image, **more).mask
-        except ValueError as error:
-            if "nothing is left" not in str(error):
-                raise
-            mask = torch.zeros(image.shape[:3])
-        found[name] = mask[0] > 0.5
+        given = {"clip": model.clip, "class_word": word}
+        mask = call(FindSubject, model=model.model, latent=latent, prompt=prompt, image=image, **given).mask[0]
+        found[name] = mask > 0.5
+        if name == METHOD:
+            found[SMALLER] = grow(mask, -4) > 0.5
     return found
 
 

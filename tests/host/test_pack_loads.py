@@ -72,10 +72,11 @@ PASSED = {
     ("SemanticStyleReplay", "latent"): "start",
     ("SemanticStyleSaliency", "preview"): "image",
     ("SemanticStyleSpinEmbedding", "report"): "image",
-    # Values of widgets: the frontend takes those, too. The last three mean nothing, and no order would keep them back.
+    # Values of widgets: the frontend takes those, too. The last four mean nothing, and no order would keep them back.
     ("SemanticStyleSpinEmbedding", "embedding"): "class_word",
     ("SemanticStyleFlicker", "excess"): "still",
     ("SemanticStylePaperlandEncode", "unknown"): "caption",
+    ("SemanticStyleSaliency", "report"): "class_word",
     ("SemanticStyleSaveInversion", "file"): "filename_prefix",
 }
 
