@@ -74,7 +74,7 @@ def subjects(model: Demo, image: Tensor, kind: str) -> dict[str, Tensor]:
         mask = call(FindSubject, model=model.model, latent=latent, prompt=prompt, image=image, **given).mask[0]
         found[name] = mask > 0.5
         if name == METHOD:
-            found[SMALLER] = grow(mask, -4) > 0.5
+            found[SMALLER] = grow(mask[None], -4)[0] > 0.5
     return found
 
 
