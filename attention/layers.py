@@ -65,6 +65,30 @@ def self_attention_layers(unet: nn.Module, levels: int = LEVELS) -> tuple[Layer,
     Raises:
         ValueError: the network has no numbered decoder blocks, or none with attention.
     """
+    with_attention = _decoder_levels(unet)
+    if not with_attention:
+        raise ValueError(f"{type(unet).__name__} has no attention in its decoder: SCSA needs some")
+    return tuple(layer for layers in with_attention[-levels:] for layer in layers)
+
+
+def word_layers(unet: nn.Module, levels: int = LEVELS) -> tuple[tuple[Layer, ...], ...]:
+    """The cross-attention layers ("output", block, index) of the `levels` finest decoder levels that have any, a tuple
+    for each level, coarse to fine: SD1.x gives blocks 6 to 8 and 9 to 11, SDXL 0 to 2 and 3 to 5.
+
+    Raises:
+        ValueError: the network has no numbered decoder blocks, or none with cross-attention.
+    """
+    levels_told = _decoder_levels(unet, told=True)
+    if not levels_told:
+        raise ValueError(
+            f"{type(unet).__name__} has no cross-attention in its decoder: to find a subject by a word a model that is "
+            "told by a prompt is needed"
+        )
+    return tuple(levels_told[-levels:])
+
+
+def _decoder_levels(unet: nn.Module, told: bool = False) -> list[tuple[Layer, ...]]:
+    """The transformer blocks of each decoder level that has any, coarse to fine; only those that a prompt tells."""
     blocks = getattr(unet, "output_blocks", None)
     if blocks is None:
         raise ValueError(
@@ -73,13 +97,16 @@ def self_attention_layers(unet: nn.Module, levels: int = LEVELS) -> tuple[Layer,
         )
     found: list[list[Layer]] = [[]]
     for i, block in enumerate(blocks):
-        found[-1] += [("output", i, j) for layer in block for j in range(len(getattr(layer, "transformer_blocks", ())))]
+        for layer in block:
+            transformers = getattr(layer, "transformer_blocks", ())
+            found[-1] += [
+                ("output", i, j)
+                for j, transformer in enumerate(transformers)
+                if not told or getattr(transformer, "attn2", None) is not None
+            ]
         if any(type(layer).__name__ == "Upsample" for layer in block):
             found.append([])
-    with_attention = [layers for layers in found if layers]
-    if not with_attention:
-        raise ValueError(f"{type(unet).__name__} has no attention in its decoder: SCSA needs some")
-    return tuple(layer for layers in with_attention[-levels:] for layer in layers)
+    return [tuple(layers) for layers in found if layers]
 
 
 def layers_of_blocks(unet: nn.Module, blocks: Collection[int]) -> tuple[Layer, ...]:

@@ -4,7 +4,8 @@
 
 Runs the node that ships, in ComfyUI, on scenes of one sun, tree or house alone (layout seeds from --seed on) and on the
 first landscapes from that seed on that hold exactly one house or tree, whatever else they hold. Besides it: one cut as
-the paper has it (the side of the second eigenvector, split at its mean, that touches the border less).
+the paper has it (the side of the second eigenvector, split at its mean, that touches the border less). The node is also
+told the thing's name, alone and with its parts: a house of this world has a roof that captions name by itself.
 """
 
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..paperland import scenes
 from ..paperland.scenes import Scenes
 from ..pictures.overlay import overlay_subject
+from ..regions.masks import grow
 from . import pool, report
 from .host import Demo, call, demo
 
@@ -27,8 +29,8 @@ FOUND = 0.4  # overlap from which the thing was found, at least
 STYLES = 5000  # a scene's style seed is its layout seed and this
 OLD_THRESHOLD, WEAK = 0.2, 1e-5
 SHOWN = 6
-ONE_CUT, METHOD = "one cut", "method"
-SMALLER = {METHOD: 0, "method, 4 px smaller": -4}  # the node's grow
+ONE_CUT, METHOD, WORD, PARTS = "one cut", "method", "word", "word and parts"
+SMALLER = "method, 4 px smaller"  # the node's grow
 LANDSCAPE = "landscape with one house or tree"
 
 
@@ -49,8 +51,8 @@ def truth(landscape: Scenes) -> Tensor:
     return scenes.object_mask(landscape.labels).bool() & (landscape.labels != scenes.SUN)
 
 
-def subjects(model: Demo, image: Tensor) -> dict[str, Tensor]:
-    """Masks [H, W] of a picture's subject by one cut and by the node, as large as it is and smaller."""
+def subjects(model: Demo, image: Tensor, kind: str) -> dict[str, Tensor]:
+    """Masks [H, W] of a picture's subject by one cut and by the node: as large as it is, smaller, told its kind."""
     from ..host.reading import FeatureCall, read_features
     from ..nodes.nodes_saliency import FindSubject
 
@@ -62,14 +64,17 @@ def subjects(model: Demo, image: Tensor) -> dict[str, Tensor]:
         mean = torch.stack([F.normalize(look.stages[-1], dim=1) for look in looks]).mean(dim=0)[0]
         places = one_cut(mean)[None, None].float()
     found = {ONE_CUT: F.interpolate(places, image.shape[1:3], mode="bilinear")[0, 0] > 0.5}
-    for name, grow in SMALLER.items():
-        try:
-            mask = call(FindSubject, model=model.model, latent=latent, prompt=prompt, image=image, grow=grow).mask
-        except ValueError as error:
-            if "nothing is left" not in str(error):
-                raise
-            mask = torch.zeros(image.shape[:3])
-        found[name] = mask[0] > 0.5
+    parts = ", ".join(scenes.REGIONS[region] for region in scenes.OBJECTS[kind])
+    told = {METHOD: "", WORD: kind, PARTS: parts}
+    for name, word in told.items():
+        if name == PARTS and parts == kind:
+            found[PARTS] = found[WORD]
+            continue
+        given = {"clip": model.clip, "class_word": word}
+        mask = call(FindSubject, model=model.model, latent=latent, prompt=prompt, image=image, **given).mask[0]
+        found[name] = mask > 0.5
+        if name == METHOD:
+            found[SMALLER] = grow(mask[None], -4)[0] > 0.5
     return found
 
 
@@ -95,15 +100,18 @@ def overlap(a: Tensor, b: Tensor) -> float:
 def measure(first: int, landscapes: list[int], number: int) -> dict[str, Any]:
     """Overlaps of a scene of each kind, and pictures: the scene, where the thing is and where it was found."""
     seed = first + number
-    alone = {f"one {kind}": scenes.single(kind, seed, seed + STYLES) for kind in scenes.OBJECTS}
-    drawn = {name: (s.images, scenes.object_mask(s.labels).bool()) for name, s in alone.items()}
+    drawn = {}
+    for kind in scenes.OBJECTS:
+        alone = scenes.single(kind, seed, seed + STYLES)
+        drawn[f"one {kind}"] = kind, alone.images, scenes.object_mask(alone.labels).bool()
     landscape = scenes.scene(landscapes[number], landscapes[number] + STYLES)
-    drawn[LANDSCAPE] = landscape.images, truth(landscape)
+    kind = "house" if (landscape.labels == scenes.HOUSE).any() else "tree"
+    drawn[LANDSCAPE] = kind, landscape.images, truth(landscape)
     figures, pictures = {}, {}
-    for name, (image, true) in drawn.items():
-        found = subjects(demo(), image)
+    for name, (kind, image, true) in drawn.items():
+        found = subjects(demo(), image, kind)
         figures[name] = {way: overlap(mask, true[0]) for way, mask in found.items()}
-        shown = [image, overlay_subject(true.float(), image), overlay_subject(found[METHOD][None].float(), image)]
+        shown = [image, *(overlay_subject(m.float(), image) for m in (true, found[METHOD][None], found[WORD][None]))]
         pictures[name] = report.as_bytes(torch.cat(shown))
     return {"figures": figures, "pictures": pictures}
 
@@ -131,7 +139,7 @@ def main() -> None:
     mark, work = pool.fingerprint(options.seed), partial(measure, options.seed, landscapes)
     found = pool.measured(work, report.numbers(options), options.out, mark, options.workers)
     figures = report.by_name([f["figures"] for f in found])
-    parts = ("picture", "true mask", "found mask")
+    parts = ("picture", "true mask", "found", "by its word")
     columns = {
         f"{name.split(' with ')[0]}, {part}": torch.stack([f["pictures"][name][i] for f in found[:SHOWN]])
         for name in figures

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import torch
 from torch import Tensor
 
-from ..attention.layers import feature_blocks
+from ..attention.layers import Layer, feature_blocks
 from ..samplers.features import Features, FeatureTap
 from ..samplers.guidance import NOT_SEEN
 from .batching import Parts, rows_together, why_not_cond
@@ -36,6 +37,14 @@ class FeatureCall:
     seed: int
 
 
+@dataclass(frozen=True)
+class WordMaps:
+    """Which cross-attention is read besides the features: of these layers, to these tokens of the calls' prompt."""
+
+    layers: tuple[Layer, ...]
+    tokens: tuple[int, ...]
+
+
 def check_sigma(sigma: float) -> None:
     """Raise ValueError unless features can be read at this noise level."""
     if not (math.isfinite(sigma) and sigma > 0):
@@ -53,7 +62,9 @@ def noised(clean: Tensor, sigma: float, seed: int) -> Tensor:
     return clean + sigma * noise.to(clean)
 
 
-def read_features(model: "ModelPatcher", looks: Sequence[FeatureCall], sigma: float) -> list[Features]:
+def read_features(
+    model: "ModelPatcher", looks: Sequence[FeatureCall], sigma: float, word: WordMaps | None = None
+) -> list[Features]:
     """What the model's decoder makes of pictures with noise.
 
     Args:
@@ -61,8 +72,10 @@ def read_features(model: "ModelPatcher", looks: Sequence[FeatureCall], sigma: fl
             stay.
         looks: one or more.
         sigma: noise level.
+        word: whose attention is read as well.
     Returns:
-        the features of each look, float32 on the CPU.
+        the features of each look, float32 on the CPU; their maps [R, P, 1] are those of each of the word's layers,
+        summed over its tokens.
     Raises:
         ValueError: a network without the decoder that is needed.
         RuntimeError: a prompt that does not cover the picture.
@@ -70,7 +83,7 @@ def read_features(model: "ModelPatcher", looks: Sequence[FeatureCall], sigma: fl
     feature_blocks(model.model.diffusion_model)
     guider = comfy.samplers.CFGGuider(unpatched(model))
     guider.set_conds(looks[0].prompt, looks[0].prompt)
-    sampler = _Reading(looks, sigma)
+    sampler = _Reading(looks, sigma, word)
     # The host prepares for a latent of this shape; the sampler takes the pictures' own.
     blank = torch.zeros(max((look.clean for look in looks), key=Tensor.numel).shape)
     guider.sample(blank, blank, sampler, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=looks[0].seed)
@@ -96,8 +109,8 @@ def unpatched(model: "ModelPatcher") -> "ModelPatcher":
 class _Reading(comfy.samplers.Sampler):
     """A host sampler that reads features instead of sampling. One object for one run: it keeps the run's result."""
 
-    def __init__(self, looks: Sequence[FeatureCall], sigma: float) -> None:
-        self.looks, self.sigma = looks, sigma
+    def __init__(self, looks: Sequence[FeatureCall], sigma: float, word: WordMaps | None) -> None:
+        self.looks, self.sigma, self.word = looks, sigma, word
         self.features: list[Features] = []
 
     def sample(
@@ -116,12 +129,16 @@ class _Reading(comfy.samplers.Sampler):
         read = Parts(1 if alone else None)(
             len(latent), lambda rows: self._read(guider, latent[rows], conds, model_options)
         )
-        return replace(read[0], stages=tuple(map(torch.cat, zip(*(r.stages for r in read), strict=True))))
+        stages = tuple(map(torch.cat, zip(*(r.stages for r in read), strict=True)))
+        maps = tuple(map(torch.cat, zip(*(r.maps for r in read), strict=True)))
+        return replace(read[0], stages=stages, maps=maps)
 
     def _read(self, guider: Any, latent: Tensor, conds: list[dict], model_options: dict[str, Any]) -> Features:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        unet = guider.inner_model.diffusion_model
-        tap = FeatureTap(feature_blocks(unet))
+        blocks, word = feature_blocks(guider.inner_model.diffusion_model), self.word
+        # A group for each layer: its map is wanted by itself.
+        layers = None if word is None else tuple((layer,) for layer in word.layers)
+        tap = FeatureTap(blocks, layers, comfy.ldm.modules.attention.optimized_attention_masked)
         options = without_clones(extra_call_options(model_options))
         options["transformer_options"] = tap.options(options["transformer_options"])
         sigma = latent.new_full((len(latent),), self.sigma)
@@ -129,4 +146,8 @@ class _Reading(comfy.samplers.Sampler):
         seen = tap.read(latent.shape[2:])
         if not seen:
             raise RuntimeError(NOT_SEEN)
-        return next(iter(seen.values())).each(lambda t: t.float().cpu())
+        features = next(iter(seen.values()))
+        if word is not None:
+            index = list(word.tokens)
+            features = replace(features, maps=tuple(m[..., index].sum(-1, keepdim=True) for m in features.maps))
+        return features.each(lambda t: t.float().cpu())

@@ -123,6 +123,15 @@ class SmallTextModel(nn.Module):
         out = self.encoder(tokens["text"], pseudo)
         return out.float().to(comfy.model_management.intermediate_device()), None
 
+    def word_tokens(self, tokens: dict[str, list]) -> tuple[int, ...]:
+        """Places of a text's words in what it is encoded to: its encoder puts one token before them.
+
+        Raises:
+            ValueError: it has none that the encoder knows.
+        """
+        ((text,), (pseudo,)) = tokens["text"], tokens.get("pseudo", [{}])
+        return tuple(range(1, 1 + len(self.encoder.words(text, pseudo))))
+
     def load_sd(self, weights: dict[str, Tensor]) -> Any:
         return self.encoder.load_state_dict(weights)
 
@@ -132,8 +141,9 @@ def text_clip(encoder: nn.Module, width: int) -> comfy.sd.CLIP:
 
     Args:
         encoder: `encoder(texts, pseudo) -> [B, tokens, channels]`, `pseudo` the vectors [n, width] of pseudo-words
-            "<like-this>" in the texts. To learn pseudo-words `encoder.words(text) -> [n, width]`, the vectors of known
-            words, and `encoder.prompt(template, class_word) -> str`, the template as this encoder needs it.
+            "<like-this>" in the texts. To learn pseudo-words and to find a subject by a word `encoder.words(text,
+            pseudo) -> [n, width]`, the vectors of known words, and to learn `encoder.prompt(template, class_word) ->
+            str`, the template as this encoder needs it.
         width: of a word's vector.
     """
 

@@ -34,8 +34,9 @@ class FindSubject(io.ComfyNode):
             display_name="Find Subject (Semantic Style)",
             category=CATEGORY,
             description="A mask of the thing that a picture shows, from what the diffusion model itself sees in it. "
-            "For one thing before a plain background. Look at the preview; draw the mask yourself where it is wrong.",
-            search_aliases=["saliency", "segmentation", "subject mask", "spin"],
+            "Name the thing (class_word, with clip): without a word it works for one thing before a plain background "
+            "only. Look at the preview; draw the mask yourself where it is wrong.",
+            search_aliases=["saliency", "segmentation", "subject mask", "spin", "cross attention", "daam"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="SD1.x, SD2.x, SDXL or Paperland. Attention patches on it are left aside."
@@ -57,8 +58,9 @@ class FindSubject(io.ComfyNode):
                     max=0.95,
                     step=0.05,
                     round=0.001,
-                    tooltip="How alike two positions must be to count as one thing. Higher makes the subject "
-                    "smaller and purer; lower takes in more of what it consists of.",
+                    tooltip="Higher makes the subject smaller and purer; lower takes in more of what it consists of. "
+                    "With a class word: the share of the attention's peak from which a position belongs to it. "
+                    "Without: how alike two positions must be to count as one thing.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -81,7 +83,7 @@ class FindSubject(io.ComfyNode):
                     min=1,
                     max=64,
                     tooltip="How often the picture is looked at, each time with other noise. More is steadier; each is "
-                    "one model call.",
+                    "one model call, with a class word four.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -100,8 +102,8 @@ class FindSubject(io.ComfyNode):
                 io.Conditioning.Input(
                     "prompt",
                     optional=True,
-                    tooltip="Prompt to look with; the empty one is a good choice. Needed for a latent; an inversion "
-                    "brings the one that it was made with.",
+                    tooltip="Prompt to look with; the empty one is a good choice. Needed for a latent without a class "
+                    "word; an inversion brings the one that it was made with. What to find says class_word, not this.",
                 ),
                 io.Image.Input(
                     "image", optional=True, tooltip="The picture itself: the mask gets its size, the preview shows it."
@@ -113,6 +115,18 @@ class FindSubject(io.ComfyNode):
                         optional=True,
                         tooltip="Allow an inversion of another checkpoint of the same architecture.",
                     )
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder that belongs to the model: needed for a class word.",
+                ),
+                io.String.Input(
+                    "class_word",
+                    default="",
+                    optional=True,
+                    tooltip="What the subject is, in a word or a few: house, red vase. It is then where the model's "
+                    "attention for that word is. Empty: what stands out of the background by itself.",
                 ),
             ],
             outputs=[
@@ -143,6 +157,8 @@ class FindSubject(io.ComfyNode):
         prompt: list | None = None,
         image: torch.Tensor | None = None,
         allow_other_model: bool = False,
+        clip=None,
+        class_word: str = "",
     ) -> io.NodeOutput:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
@@ -157,7 +173,7 @@ class FindSubject(io.ComfyNode):
         assert reference is not None
         _check_image(image, reference)
         subjects = find_subjects(
-            SubjectRequest(model, reference, prompt, sigma, looks, seed, threshold, allow_other_model)
+            SubjectRequest(model, reference, prompt, sigma, looks, seed, threshold, allow_other_model, clip, class_word)
         )
         size = pixel_size(model, reference) if image is None else tuple(image.shape[1:3])
         found = [one if isinstance(one, str) else _pixels(one, mode, size, grow) for one in subjects]
@@ -234,9 +250,9 @@ def _report(found: list[_Found | str]) -> str:
             lines.append(warning)
             continue
         subject, area = one.subject, one.mask.mean().item()
+        how = f"{subject.cuts} cut{'s' if subject.cuts > 1 else ''}" if subject.cuts else "found by the class word"
         lines.append(
-            f"{which}the subject covers {area:.1%} of the picture and {subject.contact:.1%} of its border; "
-            f"{subject.cuts} cut{'s' if subject.cuts > 1 else ''}."
+            f"{which}the subject covers {area:.1%} of the picture and {subject.contact:.1%} of its border; {how}."
         )
         note = ""
         if subject.touching:

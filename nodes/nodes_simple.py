@@ -487,7 +487,7 @@ class SpinPaint(io.ComfyNode):
                 io.Mask.Input(
                     "reference_mask",
                     optional=True,
-                    tooltip="Where the subject is in the reference. Without one the model looks for it.",
+                    tooltip="Where the subject is in the reference. Without one the model looks for the class word.",
                 ),
                 io.String.Input(
                     "name",
@@ -585,6 +585,8 @@ class SpinPaint(io.ComfyNode):
                 latent=shown.latent,
                 prompt=empty,
                 image=shown.fitted,
+                clip=inner.clip,
+                class_word=class_word,
             )
             where_shown, report = found.out(0), found.out(2)
         learnt = inner.add(

@@ -70,13 +70,15 @@ class CaptionEncoder(nn.Module):
         pseudo = pseudo or {}
         return torch.stack([self._encode(c, pseudo) for c in captions])
 
-    def words(self, text: str) -> Tensor:
-        """Vectors [n, channels] of the words of `text` that are in the vocabulary, before region and place are added:
-        what a pseudo-word can start from. Raises ValueError where there is none."""
-        known = [word for word, _, _ in parse(text)[0]]
+    def words(self, text: str, pseudo: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Vectors [n, channels] of the words of `text` that are in the vocabulary or pseudo-words, before region and
+        place are added: what a pseudo-word can start from. Those of the encoded text follow its first token in this
+        order. Raises ValueError where there is none."""
+        pseudo = pseudo or {}
+        known = [word for word, _, _ in parse(text, frozenset(pseudo))[0]]
         if not known:
             raise ValueError(f"Paperland knows none of the words in {text!r}; it knows {', '.join(WORDS[3:])}")
-        return torch.cat([self._word(word) for word in known])
+        return torch.cat([self._vectors(word, pseudo) for word in known])
 
     def prompt(self, template: str, class_word: str) -> str:
         """The template with the class word's region after "<it>" in phrases that name no region: without one a phrase
@@ -96,7 +98,7 @@ class CaptionEncoder(nn.Module):
         words: list[Tensor] = [self._word(START)]
         regions, places = [0], [0]
         for word, region, place in tokens:
-            vectors = pseudo[word].to(self.word.weight) if word in pseudo else self._word(word)
+            vectors = self._vectors(word, pseudo)
             words.append(vectors)
             regions += [region] * len(vectors)
             places += [place] * len(vectors)
@@ -107,6 +109,9 @@ class CaptionEncoder(nn.Module):
         device = self.word.weight.device
         where = torch.tensor([regions + [0] * (rest + 1), places + [0] * (rest + 1)], device=device)
         return self.norm(torch.cat(words) + self.region(where[0]) + self.place(where[1]))
+
+    def _vectors(self, word: str, pseudo: Mapping[str, Tensor]) -> Tensor:
+        return pseudo[word].to(self.word.weight) if word in pseudo else self._word(word)
 
     def _word(self, word: str) -> Tensor:
         return self.word.weight[_INDEX[word]][None]

@@ -47,7 +47,7 @@ class Saliency:
         hard: [H, W] booleans, the subject.
         contact: share of the picture's border that belongs to the subject.
         touching: whether no compact part was found that hardly touches the border: then this is the nearest to that.
-        cuts: how many were made.
+        cuts: how many were made; none where a word tells what the subject is.
     """
 
     soft: Tensor
@@ -113,19 +113,20 @@ def find_subject(
     if not torch.isfinite(features).all():
         raise ValueError("the features contain NaN or infinity: try the model in float32")
     size = features.shape[1:]
-    inner, margins = _inner(_reduced(features.detach().cpu().double(), max_side))
+    inner, margins = _inner(reduced(features.detach().cpu().double(), max_side))
     grid = tuple(inner.shape[1:])
     side, cuts = _search(_affinity(inner, threshold), grid, check)
     maps = torch.stack([side.positions.double(), side.soft()]).unflatten(1, grid)
     hard, soft = F.pad(maps[None], margins, mode="replicate")[0]
-    contact = (hard[_border(tuple(hard.shape))] > 0).double().mean().item()
+    contact = (hard[border(tuple(hard.shape))] > 0).double().mean().item()
     hard = F.interpolate(hard[None, None], size=size, mode="nearest-exact")[0, 0] > 0.5
     soft = F.interpolate(soft[None, None], size=size, mode="bilinear")[0, 0].float()
     device = features.device
     return Saliency(soft.to(device), hard.to(device), contact, side.touch > TOUCHING, cuts)
 
 
-def _reduced(features: Tensor, max_side: int) -> Tensor:
+def reduced(features: Tensor, max_side: int) -> Tensor:
+    """Features [C, H, W] averaged down to about `max_side`^2 positions, where they have more."""
     h, w = features.shape[1:]
     shrink = (h * w) ** 0.5 / max_side
     if shrink <= 1.0:
@@ -141,11 +142,20 @@ def _inner(features: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 def _affinity(features: Tensor, threshold: float) -> Tensor:
     """W [N, N] of the positions: 1 where the cosine of two exceeds the threshold, nearly 0 elsewhere."""
+    f = directions(features)
+    return torch.where(f @ f.T > threshold, 1.0, WEAK).to(f)
+
+
+def directions(features: Tensor) -> Tensor:
+    """[N, C] of features [C, h, w]: less their mean, of unit length, so that products are cosines.
+
+    Raises:
+        ValueError: they are the same everywhere.
+    """
     centred = rearrange(features - features.mean(dim=(1, 2), keepdim=True), "c h w -> (h w) c")
     if centred.abs().max() <= 1e-9 * features.abs().max():
         raise ValueError("the features are the same everywhere: there is no subject in a picture of one colour")
-    f = F.normalize(centred, dim=1)
-    return torch.where(f @ f.T > threshold, 1.0, WEAK).to(f)
+    return F.normalize(centred, dim=1)
 
 
 def _search(affinity: Tensor, grid: tuple[int, ...], check: Callable[[], None]) -> tuple[_Side, int]:
@@ -213,10 +223,10 @@ def _touch(part: Tensor) -> float:
     top, bottom, left, right = (int(line.sum()) for line in (part[0], part[-1], part[:, 0], part[:, -1]))
     through = bool(top and bottom) or bool(left and right)
     touch = (top + bottom + left + right) / max(1, int(part.sum())) ** 0.5
-    return touch + STREWN * (_compactness(part) < COMPACT) + REACHES * through
+    return touch + STREWN * (compactness(part) < COMPACT) + REACHES * through
 
 
-def _compactness(part: Tensor) -> float:
+def compactness(part: Tensor) -> float:
     """A part's size over that of the disc whose positions lie as far from their middle, in the mean square."""
     positions = part.nonzero().double()
     if not len(positions):
@@ -226,7 +236,8 @@ def _compactness(part: Tensor) -> float:
     return len(positions) / (2 * math.pi * spread)
 
 
-def _border(size: tuple[int, ...]) -> Tensor:
-    border = torch.ones(size, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
-    return border
+def border(size: tuple[int, ...]) -> Tensor:
+    """[*size], True on the outermost positions."""
+    outer = torch.ones(size, dtype=torch.bool)
+    outer[1:-1, 1:-1] = False
+    return outer

@@ -87,10 +87,11 @@ PASSED = {
     ("SemanticStyleSCSARestyle", "map_preview"): "content",
     ("SemanticStyleSpinPaint", "image"): "background",
     ("SemanticStyleSpinPaint", "plot"): "background",
-    # Values of widgets: the frontend takes those, too. The last three mean nothing, and no order would keep them back.
+    # Values of widgets: the frontend takes those, too. Some mean nothing, and no order would keep them back.
     ("SemanticStyleSpinEmbedding", "embedding"): "class_word",
     ("SemanticStyleFlicker", "excess"): "still",
     ("SemanticStylePaperlandEncode", "unknown"): "caption",
+    ("SemanticStyleSaliency", "report"): "class_word",
     ("SemanticStyleSaveInversion", "file"): "filename_prefix",
     ("SemanticStyleSemantixRestyle", "report"): "prompt",
     ("SemanticStyleSpinPaint", "word"): "class_word",

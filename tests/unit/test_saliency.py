@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from semantic_style.regions.saliency import WEAK, _affinity, _compactness, _cut, _otsu, find_subject
+from semantic_style.regions.saliency import WEAK, _affinity, _cut, _otsu, compactness, find_subject
 
 
 def planted(size=(16, 20), subject=(slice(6, 11), slice(8, 13)), channels=12, noise=0.02, seed=0):
@@ -79,12 +79,12 @@ def test_compactness_of_known_shapes():
 
     for h, w in ((1, 1), (6, 6), (4, 20), (30, 2)):
         # The variance of a continuous interval of length n is n^2 / 12.
-        assert _compactness(bar(h, w)) == pytest.approx(h * w / (2 * math.pi * (h * h + w * w) / 12))
+        assert compactness(bar(h, w)) == pytest.approx(h * w / (2 * math.pi * (h * h + w * w) / 12))
     y, x = torch.meshgrid(torch.arange(40) - 19.5, torch.arange(40) - 19.5, indexing="ij")
-    assert _compactness(torch.hypot(y, x) < 15) == pytest.approx(1, abs=0.01)
+    assert compactness(torch.hypot(y, x) < 15) == pytest.approx(1, abs=0.01)
     two = bar(6, 6) | bar(6, 6).roll(25, 1)
-    assert _compactness(two) < 0.2
-    assert _compactness(torch.zeros(4, 4, dtype=torch.bool)) == 0
+    assert compactness(two) < 0.2
+    assert compactness(torch.zeros(4, 4, dtype=torch.bool)) == 0
 
 
 def test_affinity_by_hand():
