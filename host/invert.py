@@ -26,6 +26,8 @@ from .batching import Parts, fits, levels_per_call, rows_together
 from .extra_calls import uncached
 from .model_sampling import check_latent_kind, path_of
 from .models import check_channels, identify
+from .reference_cache import ReferenceCache
+from .scsa_references import ReadWhileInverting
 from .windows import set_window_step
 
 if TYPE_CHECKING:
@@ -147,9 +149,11 @@ def invert_ddpm(
     return _run(task, run, calls_per_step=1)
 
 
-def invert_ddim(task: InversionTask, refine: int = 0) -> Inversion:
+def invert_ddim(task: InversionTask, refine: int = 0, cache: ReferenceCache | None = None) -> Inversion:
     """DDIM inversion through the host (see `samplers.ddim_inversion`), on the CPU when done.
 
+    Args:
+        cache: keeps what SCSA will ask for, read on the way (see `scsa_references`); None for none.
     Raises:
         ValueError: a model, latent or setting that cannot be inverted, before any model call.
         FloatingPointError: a prediction that is not finite.
@@ -159,12 +163,18 @@ def invert_ddim(task: InversionTask, refine: int = 0) -> Inversion:
     if refine and task.cfg > 1.0:
         logging.warning("DDIM refinement does not converge with guidance (CFG %g): use CFG 1 with it.", task.cfg)
 
+    reading = None if cache is None else ReadWhileInverting(cache)
+
     def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
         settings: dict[str, Any] = {"path": model.path, "refine": refine}
         settings["store"] = _store(model.guider, clean, len(sigmas))
-        return ddim_inversion(model, clean, sigmas, extra_args=extra_args, callback=callback, **settings)
+        read = model if reading is None else reading.around(model.guider, model)
+        return ddim_inversion(read, clean, sigmas, extra_args=extra_args, callback=callback, **settings)
 
-    return _run(task, run, calls_per_step=1 + refine)
+    inversion = _run(task, run, calls_per_step=1 + refine)
+    if reading is not None:
+        reading.finish(inversion)
+    return inversion
 
 
 def _store(guider: Any, clean: Tensor, copies: int) -> torch.device | None:
