@@ -58,7 +58,7 @@ def sample(guider: EnergyGuider, sampler: ReplaySampler, mask: Tensor | None = N
         mask: MASK [B, H, W]; only where it is 1 the picture changes.
     """
     context, noise = sampler.inversion, ReplayNoise(sampler.inversion, sampler.skip)
-    sigmas = context.sigmas[sampler.skip :]
+    sigmas = context.sigmas[sampler.skip - context.skipped :]
     latent: dict[str, Any] = {"samples": context.to_outer(context.clean)}
     if mask is not None:
         mask = as_encoded(as_mask(mask), (context.clean.shape[-2], context.clean.shape[-1]))[:, None]
@@ -90,9 +90,10 @@ def describe(
         samples: what came out, in the host's coordinates.
     """
     context, adain = sampler.inversion, sampler.adain
-    said = "off" if adain is None else f"from step {adain.first + 1} of {context.steps} on"
+    steps = context.schedule_steps - sampler.skip
+    said = "off" if adain is None else f"from step {adain.first + 1} of {context.schedule_steps} on"
     lines = [
-        f"Semantix: {context.steps - sampler.skip} steps, CFG {guider.cfg:g}, weights style {weights.style:g}, spatial "
+        f"Semantix: {steps} steps, CFG {guider.cfg:g}, weights style {weights.style:g}, spatial "
         f"{weights.spatial:g}, semantic {weights.semantic:g}, position {weights.position:g}; AdaIN {said}",
         summary(report),
     ]

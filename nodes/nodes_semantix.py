@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..host.energy_guider import EnergyGuider, why_nothing
-from ..host.replay_sampler import ReplaySampler, check_skip
+from ..host.replay_sampler import ReplaySampler
 from ..host.semantix_transfer import describe, make_energy, sample
 from ..pictures.report_plot import HEIGHT, WIDTH, report_plot
 from ..regions.semantic_map import SemanticMap
@@ -349,12 +349,12 @@ class KSampler(io.ComfyNode):
         allow_other_model: bool = False,
     ) -> io.NodeOutput:
         chosen = _chosen(weights, style_weight, spatial_weight, semantic_weight, position_weight)
-        check_skip(context, skip)
+        context.check_replay(skip)
         energy = make_energy(context, reference, chosen, start_percent, end_percent, semantic_map, reference_prompt)
         options: dict[str, Any] = {"checkpointing": checkpointing, "allow_other_model": allow_other_model}
         reports: list[GuidanceReport] = []
         guider = EnergyGuider(model, positive, negative, cfg, energy, **options, listen=reports.append)
-        adain = None if adain_start == 1.0 else StepAdaIN(reference, context.steps, adain_start, semantic_map)
+        adain = None if adain_start == 1.0 else StepAdaIN(reference, context.schedule_steps, adain_start, semantic_map)
         sampler = ReplaySampler(context, skip, exact, allow_other_model, adain)
         samples = sample(guider, sampler, mask)
         (run,) = reports

@@ -94,6 +94,12 @@ def check_schedule(sigmas: Tensor, path: str = VE) -> None:
         raise ValueError(f"a flow model's sigmas end at 1, which is pure noise; the first one is {float(sigmas[0]):g}")
 
 
+def check_skip(skip: int, steps: int) -> None:
+    """Raise ValueError unless a schedule of so many steps has one left after `skip` noisy ones."""
+    if not 0 <= skip < steps:
+        raise ValueError(f"skip must be 0 to {steps - 1} for {steps} steps, got {skip}")
+
+
 def check_latent(clean: Tensor) -> None:
     """Raise ValueError unless `clean` is a finite floating-point tensor [B, C, *S] with at least one position."""
     if not clean.is_floating_point() or clean.ndim < 3 or 0 in clean.shape:
