@@ -16,6 +16,7 @@ from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from .conditioning import REFERENCE
 from .invert import InversionSampler
+from .levels import levels_of
 from .model_sampling import check_unet
 from .models import check_same, identify
 from .reference_cache import ReferenceCache
@@ -213,14 +214,16 @@ class _ScsaRun:
         *args: Any,
         **kwargs: Any,
     ) -> list[Tensor]:
-        level, to = float(timestep[0]), model_options.get("transformer_options", {})
-        acts = self._acts(model, level)
-        if not acts and self.scsa is not None:
-            self.scsa.prepared.clear()
-            self.level = None
-        if not acts or to.get(REFERENCE):
+        to = model_options.get("transformer_options", {})
+        if to.get(REFERENCE):
             return executor(model, conds, x, timestep, model_options, *args, **kwargs)
-        if (timestep != timestep[0]).any():
+        level, *others = levels_of(timestep, to)
+        if not self._acts(model, level):
+            if self.scsa is not None:
+                self.scsa.prepared.clear()
+            self.level = None
+            return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+        if any(other != level for other in others):
             raise ValueError("SCSA takes one noise level per call; use it with a sampler, not with an inversion node")
         if window_of_call(to) is not None:
             raise ValueError("SCSA does not know context windows: sample the whole clip at once, or frame by frame")
@@ -233,7 +236,7 @@ class _ScsaRun:
             self.scsa.seen = seen
             # Once for a level, however many calls a sampler makes at it.
             if self.level != level:
-                self.scsa.at_level(*self.references.at(executor, model, x, timestep, model_options, seen))
+                self.scsa.at_level(*self.references.at(executor, model, x, level, timestep, model_options, seen))
                 self.level = level
             options = comfy.model_patcher.create_model_options_clone(model_options)
             options["transformer_options"] = self.scsa.options(options.get("transformer_options"))

@@ -24,6 +24,7 @@ from ..samplers.inversion import Inversion
 from ..samplers.steps import FLOW, check_skip
 from .batching import Parts, fits, levels_per_call, rows_together
 from .extra_calls import uncached
+from .levels import saying_level
 from .model_sampling import check_latent_kind, path_of
 from .models import check_channels, identify
 from .reference_cache import ReferenceCache
@@ -80,9 +81,16 @@ class HostModel:
         self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        # The samplers have the levels on the CPU where all rows have one.
+        level = None if sigma.device != torch.device("cpu") or (sigma != sigma[0]).any() else float(sigma[0])
+
         def call(rows: slice) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            return self.guider(x[rows], sigma[rows], **extra_args)
+            if level is None:
+                return self.guider(x[rows], sigma[rows], **extra_args)
+            timestep = x.new_full((len(x[rows]),), level)
+            options = saying_level(extra_args.get("model_options", {}), timestep, level)
+            return self.guider(x[rows], timestep, **{**extra_args, "model_options": options})
 
         set_window_step(extra_args.get("model_options", {}), self.sigmas, sigma, self.skipped)
         parts = self.parts(len(x), call)

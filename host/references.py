@@ -58,19 +58,25 @@ class References:
                 self.cache = None
 
     def at(
-        self, executor: Callable, x: Tensor, timestep: Tensor, positive: list[dict], options: dict, frames: Frames
+        self,
+        executor: Callable,
+        x: Tensor,
+        level: float,
+        timestep: Tensor,
+        positive: list[dict],
+        options: dict,
+        frames: Frames,
     ) -> dict[Key, dict[Prompt | None, Features]]:
         """Features of all streams at a level, as ordinary tensors on x's device; as many rows as x, or one.
 
         Args:
             executor: `executor(model, conds, x, timestep, model_options) -> list of denoised`, the host's.
             x: [R, C, *S] of the call whose references these are.
-            timestep: [R], its level.
+            level: its level. timestep: [R], the same on x's device.
             positive: its processed conditioning: a stream without a prompt of its own has features under each of them.
             options: its model_options.
             frames: which pictures of the whole batch its rows are, None for all.
         """
-        level = float(timestep[0])
         shared = active_at(positive, level)
         found: dict[Key, dict[Prompt | None, Features]] = {}
         for key, (stream, maps) in self.streams.items():
@@ -89,7 +95,7 @@ class References:
         return found
 
     def _rows(self, stream: Stream, level: float, x: Tensor, frames: Frames) -> Tensor:
-        latent = self._resident(stream, x).at(level).to(x)
+        latent = self._resident(stream, x).at(level).to(x, non_blocking=True)
         if len(latent) == 1 or frames is None:
             # A motion model takes the rows of a call for the frames of one clip: a still clip of the one picture.
             still = len(latent) == 1 and has_motion(self.guider)

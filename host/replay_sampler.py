@@ -190,6 +190,6 @@ def _mask_by_level(mask: Tensor, guider: Any, sigmas: Tensor, batch: int, extra_
         return mask
 
     def at(sigma: Tensor) -> Tensor:
-        return change(sigma.expand(batch), mask, extra_options={"model": guider, "sigmas": sigmas})
+        return change(sigma.to(mask.device).expand(batch), mask, extra_options={"model": guider, "sigmas": sigmas})
 
     return at

@@ -64,6 +64,7 @@ class ScsaReferences:
         executor: Callable,
         model: Any,
         x: Tensor,
+        level: float,
         timestep: Tensor,
         model_options: dict,
         seen: dict[Layer, Tensor],
@@ -72,19 +73,19 @@ class ScsaReferences:
 
         Args:
             executor: `executor(model, conds, x, timestep, model_options) -> list of denoised`, the host's.
-            x, timestep, model_options: of the call whose references these are.
+            x, timestep, model_options: of the call whose references these are. level: its level.
             seen: of `block_inputs`, which must be open.
         """
         if self.keys is None:
             self.keys = self._begin(x)
-        level, entered = float(timestep[0]), []
+        entered: list[Entered] = []
         for i, picture in enumerate(self.pictures):
             kept = self._kept(i, level)
             if kept is not None:
                 entered.append(kept.each(lambda t: t.to(x.device, non_blocking=True)))
                 continue
             comfy.model_management.throw_exception_if_processing_interrupted()
-            latent = picture.at(level).to(x)
+            latent = picture.at(level).to(x, non_blocking=True)
             if has_motion(self.guider):
                 # A motion model takes the rows of a call for the frames of one clip.
                 latent = latent.repeat(len(x) // len(latent), 1, 1, 1)

@@ -46,6 +46,7 @@ def region_adain(
     min_tokens: int = MIN_TOKENS,
     eps: float = EPS,
     strength: float = 1.0,
+    present: Tensor | None = None,
 ) -> Tensor:
     """S-AdaIN: every region of the content takes mean and standard deviation of the same region of the style.
 
@@ -58,6 +59,8 @@ def region_adain(
         content_labels: integers [B or 1, H, W]; style_labels: integers [B' or 1, H', W'].
         min_tokens: fewest pixels that a style region needs to count (at least 1).
         eps, strength: as in `adain`.
+        present: the content's labels, each once, on its device; None to find them, for which the host waits for the
+            device that the labels are on.
     Returns:
         [B, C, H, W] in the content's dtype; computed in float32 at least. Finite for finite inputs.
     Raises:
@@ -70,9 +73,10 @@ def region_adain(
         raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
     c, s = _flat(content), _flat(style)
     b = len(content)
-    regions = torch.unique(content_labels).to(content.device)
-    inside_c = _membership(content_labels.to(content.device), regions, b, c.dtype)
-    inside_s = _membership(style_labels.to(content.device), regions, len(style), c.dtype)
+    found = torch.unique(content_labels) if present is None else present
+    regions, ours, theirs = (t.to(content.device, non_blocking=True) for t in (found, content_labels, style_labels))
+    inside_c = _membership(ours, regions, b, c.dtype)
+    inside_s = _membership(theirs, regions, len(style), c.dtype)
     mean_c, var_c, _ = _region_moments(c, inside_c)
     mean_s, var_s, pixels = _region_moments(s, inside_s)
     mean_all, var_all = _moments(s)
@@ -99,7 +103,7 @@ def adain_latents(content: Tensor, style: Tensor, regions: SemanticMap | None = 
     Raises:
         ValueError: shapes that do not fit, or a strength outside 0..1.
     """
-    style = style.to(content.device)
+    style = style.to(content.device, non_blocking=True)
     if regions is None:
         return adain(content, style, strength=strength)
     frames, theirs = _frames(content), _frames(style)

@@ -9,6 +9,7 @@ Refinement solves each step's implicit equation, as Pan et al., "AIDI", ICCV 202
 import torch
 from torch import Tensor
 
+from .finite import FiniteWatch
 from .inversion import Inversion
 from .steps import (
     VE,
@@ -67,7 +68,8 @@ def ddim_inversion(
     if refine < 0:
         raise ValueError(f"refine must be 0 or more, got {refine}")
     clean = clean.to(working_dtype(clean))
-    levels = sigmas.to(clean)
+    # On the CPU: a host that reads a level must not wait for the device.
+    levels, watch = sigmas.to("cpu", clean.dtype), FiniteWatch()
     n = len(levels) - 1
     args = extra_args or {}
     total, call = (n - skip) * (1 + refine), 0
@@ -78,7 +80,7 @@ def ddim_inversion(
         s = levels[i] if at_clean else levels[i + 1]
         x = clean_share(s, path) * below if at_clean else below
         for _ in range(1 + refine):
-            denoised = call_model(model, x, s.expand(len(x)), i, args)
+            denoised = call_model(model, x, s.expand(len(x)), i, args, watch)
             eps = noise_prediction(x, denoised, s, path)
             x = deterministic_step(below, below if at_clean else denoised, eps, levels[i + 1], levels[i], path)
             s, at_clean = levels[i], False
@@ -86,6 +88,7 @@ def ddim_inversion(
                 callback({"i": call, "total": total, "x": x, "sigma": s, "denoised": denoised})
             call += 1
         trajectory[i - skip] = x
+    watch.finish()
     clean = clean.to(trajectory.device)
     kept = sigmas[skip:].detach().cpu()
     return Inversion(kind="ddim", path=path, clean=clean, trajectory=trajectory, sigmas=kept, skipped=skip)

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .finite import FiniteWatch
 from .inversion import Inversion
 from .steps import (
     VE,
@@ -135,16 +136,17 @@ def _noise_maps(
 ) -> tuple[Tensor, Tensor]:
     """The maps [N-1, B, C, *S] and the last step's residual [B, C, *S]."""
     n, b = len(levels) - 1, trajectory.shape[1]
-    missing = torch.empty_like(trajectory[:-1])
+    missing, watch = torch.empty_like(trajectory[:-1]), FiniteWatch()
     for i in range(0, n, batch_steps):
         j = min(i + batch_steps, n)
         x, s = trajectory[i : j + 1].to(device), levels[i : j + 1].to(device)
         # The images of one level follow each other, because hosts repeat a conditioning of B rows as a block.
         rows = rearrange(x[:-1], "k b ... -> (k b) ...")
-        denoised = call_model(model, rows, s[:-1].repeat_interleave(b), i, extra_args)
+        denoised = call_model(model, rows, s[:-1].repeat_interleave(b), i, extra_args, watch)
         denoised = rearrange(denoised, "(k b) ... -> k b ...", b=b)
         missing[i:j] = x[1:] - posterior_mean(x[:-1], denoised, per_row(s[:-1], x), per_row(s[1:], x), path)
         if callback is not None:
             callback({"i": j - 1, "total": n, "x": x[-2], "sigma": s[-2], "denoised": denoised[-1]})
+    watch.finish()
     _, up = ancestral_noise(levels[:-2], levels[1:-1], path)
     return missing[:-1] / per_row(up, missing), missing[-1]

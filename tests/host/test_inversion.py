@@ -16,6 +16,7 @@ from comfy_extras.nodes_custom_sampler import (
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.invert import make_sigmas
 from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
+from semantic_style.samplers import finite
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -369,9 +370,12 @@ def test_a_failing_patch_leaves_nothing_behind(model):
     assert torch.equal(resample(model, inversion), expected)
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("run", [run_inversion, run_replay])
-def test_a_prediction_that_is_not_finite_is_named(model, run):
+def test_a_prediction_that_is_not_finite_is_named(model, run, behind, monkeypatch):
     inversion = ddpm(model, latent(1, 4, 8, 8))
+    if behind:  # as a device is whose results are not known when the next step begins
+        monkeypatch.setattr(finite, "is_known", lambda *_: False)
 
     def overflow(args):
         return args["denoised"] * (torch.inf if args["sigma"][0] <= inversion.sigmas[3] else 1.0)
