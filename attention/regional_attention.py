@@ -56,11 +56,13 @@ class RegionOrder:
         regions: the maps on the grids of content and style.
         sortings: one for each pair of maps.
         min_tokens: fewest tokens that a region of the style needs.
+        present: the content's labels, each once.
     """
 
     regions: SemanticMap
     sortings: tuple[Sorting, ...]
     min_tokens: int
+    present: Tensor
 
     @property
     def content_tokens(self) -> int:
@@ -88,7 +90,8 @@ def order_by_region(regions: SemanticMap, min_tokens: int = MIN_TOKENS) -> Regio
     content, style = regions.content.flatten(1).long(), regions.style.flatten(1).long()
     pairs = max(len(content), len(style))
     rows = zip(content.expand(pairs, -1), style.expand(pairs, -1), strict=True)
-    return RegionOrder(regions, tuple(_sort(c, s.to(c.device), min_tokens) for c, s in rows), min_tokens)
+    sortings = tuple(_sort(c, s.to(c.device), min_tokens) for c, s in rows)
+    return RegionOrder(regions, sortings, min_tokens, torch.unique(regions.content))
 
 
 def _sort(content: Tensor, style: Tensor, min_tokens: int) -> Sorting:

@@ -113,6 +113,7 @@ def align(content: Tensor, style: Tensor, order: RegionOrder) -> Tensor:
         order.regions.content,
         order.regions.style,
         order.min_tokens,
+        present=order.present,
     )
     return rearrange(out, "b c h w -> b (h w) c")
 

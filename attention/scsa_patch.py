@@ -5,7 +5,7 @@ is at; then the same blocks of the image being made take their self-attention's 
 finest levels of the decoder that have attention: output blocks 6-11 of SD1.x, as published.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,7 +53,15 @@ class Entered:
 
     def rows(self, part: slice) -> "Entered":
         """The references of these rows."""
-        return Entered({layer: t[part] for layer, t in self.tokens.items()}, self.grids)
+        return self.each(lambda t: t[part])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Entered":
+        """The same with every tensor changed."""
+        return Entered({layer: change(t) for layer, t in self.tokens.items()}, self.grids)
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tokens.values())
 
 
 class Reader:

@@ -43,7 +43,8 @@ def measure(frames: int, steps: int, number: int) -> dict[str, Any]:
     picture = scene(700 + number, 800 + number).images
     prompt, empty = model.prompt(words(moving.labels)), model.prompt("")
     inverted = {"model": model.model, "negative": empty, "steps": steps}
-    style = call(DDPMInversion, **inverted, positive=empty, latent=model.encode(picture), cfg=1.0, seed=1).inversion
+    looked_at = {"latent": model.encode(picture), "cfg": 1.0, "seed": 1, "noise_maps": False}
+    style = call(DDPMInversion, **inverted, positive=empty, **looked_at).inversion
     made, figures = {}, {}
     for noise, same in NOISES.items():
         context = call(

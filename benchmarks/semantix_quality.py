@@ -73,6 +73,7 @@ def measure(chosen: dict[str, Inputs], steps: int, number: int) -> dict[str, Any
         latent=model.encode(pair.reference.images),
         cfg=1.0,
         seed=FIRST_SEED + 5 * SEEDS_APART + number,
+        noise_maps=False,
     )
     true_maps = call(MapFromLabels, content=pair.context.labels, style=pair.reference.labels).semantic_map
     pictures = {name: getattr(pair, name).images for name in ("context", "reference", "ideal")}

@@ -76,6 +76,7 @@ class Painter:
             latent=latent,
             steps=settings["steps"],
             cfg=1.0,
+            noise_maps=False,
         ).inversion
 
     def learnt(self, saliency: bool) -> tuple[list, list[float]]:

@@ -13,15 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..samplers.inversion import Inversion, ModelIdentity
-from ..samplers.steps import FLOW, VE
+from ..samplers.steps import VE
 from .whole import write_whole
 
 FORMAT = "semantic_style.inversion"
-# Packs of version 1 know one path only, and go on reading what is on it.
-VERSION = 2
-_VERSION_OF_PATH = {VE: 1, FLOW: 2}
+# Older packs go on reading what they know of: version 1 knows one path, version 2 all steps and noise maps only.
+VERSION = 3
 _TENSORS = ("clean", "trajectory", "sigmas", "noise_maps", "residual", "scale", "shift")
-_VALUES = ("kind", "path", "seed", "cfg", "latent_format")
+_VALUES = ("kind", "path", "skipped", "seed", "cfg", "latent_format")
 
 
 def save_inversion(path: str | os.PathLike, inversion: Inversion) -> None:
@@ -36,9 +35,15 @@ def save_inversion(path: str | os.PathLike, inversion: Inversion) -> None:
     header["model"] = None if inversion.model is None else asdict(inversion.model)
     for side in ("positive", "negative"):
         header[side] = _pack(getattr(inversion, side), side, tensors)
-    metadata = {"format": FORMAT, "version": str(_VERSION_OF_PATH[inversion.path]), "header": json.dumps(header)}
+    metadata = {"format": FORMAT, "version": str(_version(inversion)), "header": json.dumps(header)}
     owned = {name: _alone(tensor) for name, tensor in tensors.items()}
     write_whole(Path(path), lambda unfinished: save_file(owned, unfinished, metadata))
+
+
+def _version(inversion: Inversion) -> int:
+    if inversion.kind == "noised" or inversion.skipped:
+        return VERSION
+    return 1 if inversion.path == VE else 2
 
 
 def load_inversion(path: str | os.PathLike, shape: Sequence[int] | None = None) -> Inversion:
@@ -62,7 +67,7 @@ def load_inversion(path: str | os.PathLike, shape: Sequence[int] | None = None) 
         version = int(metadata["version"])
         if version > VERSION:
             raise ValueError(f"it has the format version {version}, this pack reads up to {VERSION}: update the pack")
-        inversion = _build({"path": VE, **json.loads(metadata["header"])}, tensors)
+        inversion = _build({"path": VE, "skipped": 0, **json.loads(metadata["header"])}, tensors)
         if shape is not None:
             inversion.check_fits(list(shape))
     except (KeyError, TypeError, AttributeError) as error:

@@ -1,28 +1,27 @@
 """SCSA on the host's MODEL (Shang et al., CVPR 2025): a patch that works under any of its samplers and guiders."""
 
-import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
-import torch
 from torch import Tensor
 
 from ..attention.layers import Layer, Options, layers_of_blocks, name_of, self_attention_layers
 from ..attention.scsa_attention import ScsaSettings
-from ..attention.scsa_patch import Entered, Reader, Scsa, block_inputs, check_free, uses_map_pictures
+from ..attention.scsa_patch import Scsa, block_inputs, check_free, uses_map_pictures
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
-from .conditioning import REFERENCE, has_motion, merged_conds, stream_conds
-from .extra_calls import extra_call_options
+from .conditioning import REFERENCE
 from .invert import InversionSampler
+from .levels import levels_of
 from .model_sampling import check_unet
 from .models import check_same, identify
-from .versions import free_memory, without_clones
+from .reference_cache import ReferenceCache
+from .scsa_references import ScsaReferences
+from .versions import without_clones
 from .windows import window_of_call
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ OUTER_SAMPLE = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
 CALC_COND_BATCH = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
 # The stock node (Kohya Deep Shrink).
 CHANGES_GRIDS = "PatchModelAddDownscale"
-NAMES = ("content", "style", "content map", "style map")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +68,17 @@ class Patch:
 
     @property
     def references(self) -> list[Inversion]:
-        """The pictures that have any weight, in the order of NAMES."""
+        """The pictures that have any weight, in the order of `scsa_references.NAMES`."""
         p = self.pictures
         maps = (p.content_map, p.style_map) if uses_map_pictures(self.settings) else ()
         return [p.content, p.style, *(m for m in maps if m is not None)]
 
 
-def apply_scsa(model: "ModelPatcher", patch: Patch) -> "ModelPatcher":
+def apply_scsa(model: "ModelPatcher", patch: Patch, cache: ReferenceCache | None = None) -> "ModelPatcher":
     """A clone of the model with SCSA in its decoder's self-attention.
 
+    Args:
+        cache: of what enters the blocks for the references, kept from inversions and between runs; None for none.
     Raises:
         ValueError: a model, inversions, regions or blocks that do not fit together.
     """
@@ -99,7 +99,7 @@ def apply_scsa(model: "ModelPatcher", patch: Patch) -> "ModelPatcher":
         )
     check_free(layers, model.model_options.get("transformer_options", {}))
     patched = model.clone()
-    patched.add_wrapper_with_key(OUTER_SAMPLE, KEY, _Sampling(patch, layers))
+    patched.add_wrapper_with_key(OUTER_SAMPLE, KEY, _Sampling(patch, layers, cache))
     return patched
 
 
@@ -141,8 +141,8 @@ def _check_maps(patch: Patch) -> None:
 class _Sampling:
     """OUTER_SAMPLE: makes a run's state, and says so when the run never used it."""
 
-    def __init__(self, patch: Patch, layers: tuple[Layer, ...]) -> None:
-        self.patch, self.layers = patch, layers
+    def __init__(self, patch: Patch, layers: tuple[Layer, ...], cache: ReferenceCache | None) -> None:
+        self.patch, self.layers, self.cache = patch, layers, cache
 
     def __call__(
         self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any
@@ -167,7 +167,7 @@ class _Sampling:
         to = guider.model_options.get("transformer_options", {})
         check_free(self.layers, to)
         check_grids(to)
-        run = _ScsaRun(self.patch, self.layers, guider)
+        run = _ScsaRun(self.patch, self.layers, guider, self.cache)
         # The options are this run's own copy.
         comfy.patcher_extension.add_wrapper_with_key(
             CALC_COND_BATCH, KEY, run, guider.model_options, is_model_options=True
@@ -194,12 +194,11 @@ def check_grids(options: Options) -> None:
 class _ScsaRun:
     """CALC_COND_BATCH: the references' call at every new level, then the picture's with its patches."""
 
-    def __init__(self, patch: Patch, layers: tuple[Layer, ...], guider: Any) -> None:
-        self.patch, self.layers, self.guider = patch, layers, guider
+    def __init__(self, patch: Patch, layers: tuple[Layer, ...], guider: Any, cache: ReferenceCache | None) -> None:
+        self.patch, self.layers = patch, layers
+        self.references = ScsaReferences(guider, patch.references, layers, cache)
         self.scsa: Scsa | None = None
         self.level: float | None = None
-        self.conds: dict[int, list[dict]] = {}
-        self.levels = 0
 
     def why_nothing(self) -> str:
         """Why the run did not use SCSA, empty where it did."""
@@ -218,14 +217,16 @@ class _ScsaRun:
         *args: Any,
         **kwargs: Any,
     ) -> list[Tensor]:
-        level, to = float(timestep[0]), model_options.get("transformer_options", {})
-        acts = self._acts(model, level)
-        if not acts and self.scsa is not None:
-            self.scsa.prepared.clear()
-            self.level = None
-        if not acts or to.get(REFERENCE):
+        to = model_options.get("transformer_options", {})
+        if to.get(REFERENCE):
             return executor(model, conds, x, timestep, model_options, *args, **kwargs)
-        if (timestep != timestep[0]).any():
+        level, *others = levels_of(timestep, to)
+        if not self._acts(model, level):
+            if self.scsa is not None:
+                self.scsa.prepared.clear()
+            self.level = None
+            return executor(model, conds, x, timestep, model_options, *args, **kwargs)
+        if any(other != level for other in others):
             raise ValueError("SCSA takes one noise level per call; use it with a sampler, not with an inversion node")
         if window_of_call(to) is not None:
             raise ValueError("SCSA does not know context windows: sample the whole clip at once, or frame by frame")
@@ -238,7 +239,7 @@ class _ScsaRun:
             self.scsa.seen = seen
             # Once for a level, however many calls a sampler makes at it.
             if self.level != level:
-                self._read(executor, model, level, x, timestep, model_options)
+                self.scsa.at_level(*self.references.at(executor, model, x, level, timestep, model_options, seen))
                 self.level = level
             options = comfy.model_patcher.create_model_options_clone(model_options)
             options["transformer_options"] = self.scsa.options(options.get("transformer_options"))
@@ -247,78 +248,3 @@ class _ScsaRun:
     def _acts(self, model: Any, level: float) -> bool:
         at = model.model_sampling.percent_to_sigma
         return at(self.patch.end) <= level <= at(self.patch.start)
-
-    def _read(
-        self, executor: Callable, model: Any, level: float, x: Tensor, timestep: Tensor, model_options: dict
-    ) -> None:
-        """What enters the blocks for the references at a level, and all that follows from it."""
-        assert self.scsa is not None
-        still = has_motion(self.guider)
-        latents = []
-        for picture in self.patch.references:
-            latent = picture.at(level).to(x)
-            # A motion model takes the rows of a call for the frames of one clip.
-            latents.append(latent.repeat(len(x) // len(latent), 1, 1, 1) if still else latent)
-        entered: dict[int, Entered] = {}
-        for group in _calls(latents, apart=still):
-            for i, read in zip(
-                group,
-                self._entered(executor, model, group, [latents[i] for i in group], timestep, model_options),
-                strict=True,
-            ):
-                entered[i] = read
-        self.scsa.at_level(*(entered[i] for i in range(len(entered))))
-
-    def _entered(
-        self,
-        executor: Callable,
-        model: Any,
-        group: list[int],
-        latents: list[Tensor],
-        timestep: Tensor,
-        model_options: dict,
-    ) -> list[Entered]:
-        """For pictures of one size, in one call where their prompts and the memory allow it."""
-        assert self.scsa is not None
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        prompts = [self._conds(i, latent) for i, latent in zip(group, latents, strict=True)]
-        rows = [len(latent) for latent in latents]
-        merged = merged_conds(prompts, rows) if _fit(model, latents) else None
-        calls = [([merged], torch.cat(latents))] if merged else list(zip(prompts, latents, strict=True))
-        read = []
-        for conds, latent in calls:
-            reader = Reader(self.scsa.layers, self.scsa.seen)
-            options = extra_call_options(model_options)
-            options["transformer_options"] = reader.options(options["transformer_options"])
-            with torch.inference_mode():
-                sigma = timestep[:1].expand(len(latent)).clone()
-                executor(model, [conds], latent.clone(), sigma, options)
-            read.append(reader.read())
-        if not merged:
-            return read
-        ends = list(itertools.accumulate(rows))
-        return [read[0].rows(slice(end - n, end)) for end, n in zip(ends, rows, strict=True)]
-
-    def _conds(self, which: int, like: Tensor) -> list[dict]:
-        if which not in self.conds:
-            given = self.patch.references[which].positive
-            prompt = self.guider.original_conds.get("negative") if given is None else None
-            if given is None and prompt is None:
-                raise ValueError(f"the {NAMES[which]}'s inversion has no prompt: invert it again")
-            self.conds[which] = stream_conds(self.guider, given, like, prompt)
-        return self.conds[which]
-
-
-def _fit(model: Any, latents: list[Tensor]) -> bool:
-    """Whether a call of all of them fits into the free memory, by the host's own estimate."""
-    rows, first = sum(map(len, latents)), latents[0]
-    needed = model.memory_required([rows, *first.shape[1:]])
-    return needed * 1.5 < free_memory(model.current_patcher, first.device)
-
-
-def _calls(latents: list[Tensor], apart: bool) -> list[list[int]]:
-    """Which pictures share a call: those of one size, unless all have to be apart."""
-    sizes: dict[Any, list[int]] = {}
-    for i, latent in enumerate(latents):
-        sizes.setdefault(i if apart else latent.shape[1:], []).append(i)
-    return list(sizes.values())

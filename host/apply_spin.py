@@ -20,6 +20,7 @@ from ..samplers.spin_energy import DEFAULT_WEIGHT, SpinStyleTerm
 from ..samplers.terms import Energy, Stream
 from .conditioning import REFERENCE
 from .invert import InversionSampler
+from .levels import levels_of
 from .windows import window_of_call
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ class _InjectionRun:
         return self.injections[network]
 
     def _acts(self, to: dict[str, Any]) -> bool:
-        level, at = float(to["sigmas"][0]), self.guider.inner_model.model_sampling.percent_to_sigma
+        level, at = levels_of(to["sigmas"], to)[0], self.guider.inner_model.model_sampling.percent_to_sigma
         return at(self.spin.end) <= level <= at(self.spin.start)
 
     def _chunks(self, to: dict[str, Any], x: Tensor) -> list[Chunk | None]:

@@ -1,11 +1,9 @@
 """Prompts of references in the host's form, and what the host says of the prompts of a call."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import comfy.sampler_helpers
 import comfy.samplers
-import torch
 from torch import Tensor
 
 # In `transformer_options`: this call is for a reference, attention patches of this pack let it through.
@@ -59,24 +57,3 @@ def has_motion(guider: comfy.samplers.CFGGuider) -> bool:
     """Whether a call's rows may depend on each other, as the frames of a motion model's clip do."""
     patcher = guider.model_patcher
     return bool(getattr(patcher, "injections", None)) or "context_handler" in guider.model_options
-
-
-def merged_conds(prompts: list[list[dict]], rows: list[int]) -> dict | None:
-    """One conditioning for the stacked rows of several pictures; None where they do not stack."""
-    if any(len(conds) != 1 for conds in prompts):
-        return None
-    conds = [c for (c,) in prompts]
-    plain = all(c.get(name) is None for c in conds for name in _PER_COND)
-    parts = [c["model_conds"] for c in conds]
-    if not plain or any(set(p) != set(parts[0]) for p in parts):
-        return None
-    merged: dict[str, Any] = {}
-    for name, first in parts[0].items():
-        values = [p[name] for p in parts]
-        if any(type(v) is not type(first) or not isinstance(v.cond, Tensor) for v in values):
-            return None
-        if any(v.cond.shape[1:] != first.cond.shape[1:] or n % len(v.cond) for v, n in zip(values, rows, strict=True)):
-            return None
-        stacked = [v.cond.repeat(n // len(v.cond), *[1] * (v.cond.ndim - 1)) for v, n in zip(values, rows, strict=True)]
-        merged[name] = type(first)(torch.cat(stacked))
-    return {**conds[0], "model_conds": merged}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..attention.layers import cross_attention_layers, feature_blocks
 from ..samplers.features import FeatureTap
+from ..samplers.finite import FiniteWatch
 from ..samplers.guidance import clamped, energy_gradient, with_guidance
 from ..samplers.guidance_report import GuidanceReport
 from ..samplers.terms import Energy, Key, Resampled, Stream, Term, active_terms
@@ -22,6 +23,7 @@ from .conditioning import active_at, of_areas
 from .extra_calls import leave_step_caches
 from .gradients import WHY_CHECKPOINTED, constant_controls, differentiable, must_checkpoint, ordinary
 from .graph_memory import GraphMemory
+from .levels import levels_of, saying_level
 from .model_sampling import check_unet
 from .models import check_same, identify
 from .progress import with_time_left
@@ -90,6 +92,11 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         leave_step_caches(self)
         try:
             samples = super().outer_sample(noise, *args, **kwargs)
+            self._run.watch.finish()
+        except FloatingPointError:
+            # What is not finite in the guidance is so in all that comes of it.
+            self._run.watch.finish()
+            raise
         finally:
             run, self._run = self._run, None
             run.finish()
@@ -109,8 +116,8 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         model_options = model_options or {}
         run = self._run
         assert run is not None
-        level = float(timestep[0])
-        if (timestep != timestep[0]).any():
+        level, *others = levels_of(timestep, model_options.get("transformer_options", {}))
+        if any(other != level for other in others):
             raise ValueError(
                 "an energy guider takes one noise level per call; use it with a sampler, not with an inversion node"
             )
@@ -121,6 +128,7 @@ class EnergyGuider(comfy.samplers.CFGGuider):
             run.report.unprompted += bool(terms)
             return super().predict_noise(x, timestep, model_options, seed)
         step = _Step(run, terms, level, x)
+        model_options = saying_level(model_options, timestep, level)
         # Through the host's own function, found at call time: AnimateDiff-Evolved puts its own in that place.
         denoised = comfy.samplers.sampling_function(
             self.inner_model,
@@ -140,7 +148,7 @@ class _GuidedRun:
 
     def __init__(self, guider: EnergyGuider, report: GuidanceReport) -> None:
         self.guider, self.report = guider, report
-        self.resampled = Resampled()
+        self.resampled, self.watch = Resampled(), FiniteWatch()
         self.device: torch.device | None = None
 
     def begin(self, device: torch.device) -> None:
@@ -220,13 +228,14 @@ class _Step:
         rows, frames, lead = (window.rows, window.frames, len(window.anchors)) if window else (None, None, 0)
         references = {
             key: {prompt: f.rows(slice(lead, None)) if f.count > 1 else f for prompt, f in of.items()}
-            for key, of in run.references.at(executor, x, timestep, conds[0], model_options, rows).items()
+            for key, of in run.references.at(executor, x, self.level, timestep, conds[0], model_options, rows).items()
         }
         maps = any(t.needs_maps for t in self.terms)
         tap = FeatureTap(run.blocks, run.layers if maps else None, run.attend, cut=True, leading=lead)
         with differentiable(run.guider.model_patcher, model_options, checkpointing=run.checkpointing) as options:
             options["transformer_options"] = tap.options(options["transformer_options"])
             positive, sigma = ordinary(constant_controls([conds[0]])), ordinary(timestep)
+            options = saying_level(options, sigma, self.level)
 
             def conditional(x: Tensor) -> Tensor:
                 with run.memory:
@@ -249,8 +258,9 @@ class _Step:
         return out
 
     def _add(self, gradient: Tensor, energies: dict[str, Tensor], frames: tuple[int, ...] | None) -> None:
-        at = torch.arange(len(self.gradient)) if frames is None else torch.tensor(frames)
-        at = at.to(self.gradient.device)
+        device = self.gradient.device
+        every = torch.arange(len(self.gradient), device=device)
+        at = every if frames is None else torch.tensor(frames).to(device, non_blocking=True)
         self.gradient.index_add_(0, at, gradient.to(self.gradient))
         self.windows.index_add_(0, at, torch.ones_like(at, dtype=self.windows.dtype))
         self.energies.append((energies, len(at)))
@@ -268,7 +278,7 @@ class _Step:
         }
         weights = self.windows.clamp(min=1).reshape(-1, *[1] * (self.gradient.ndim - 1))
         report = self.run.report
-        g, step = clamped(self.gradient / weights, self.level, means, len(report.steps), self.run.dtype)
+        g, step = clamped(self.gradient / weights, self.level, means, len(report.steps), self.run.dtype, self.run.watch)
         report.steps.append(step)
         return g
 

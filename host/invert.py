@@ -19,14 +19,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..samplers.ddim_inversion import ddim_inversion
-from ..samplers.ddpm_inversion import ddpm_inversion
+from ..samplers.ddpm_inversion import ddpm_inversion, noised_path
 from ..samplers.inversion import Inversion
-from ..samplers.steps import FLOW
+from ..samplers.steps import FLOW, check_skip
 from .batching import Parts, fits, levels_per_call, rows_together
 from .extra_calls import uncached
+from .levels import saying_level
 from .model_sampling import check_latent_kind, path_of
 from .models import check_channels, identify
 from .progress import TimeLeft
+from .reference_cache import ReferenceCache
+from .scsa_references import ReadWhileInverting
 from .windows import set_window_step
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ class InversionTask:
         steps, scheduler: of the host's schedulers.
         cfg: guidance scale. seed: of the noise, and for models whose conditioning uses one.
         sigmas: [N+1] levels in place of the scheduler's, None for those.
+        skip: noisy levels to leave out.
     """
 
     model: "ModelPatcher"
@@ -55,6 +59,7 @@ class InversionTask:
     cfg: float
     seed: int
     sigmas: Tensor | None = None
+    skip: int = 0
 
 
 class HostModel:
@@ -64,23 +69,31 @@ class HostModel:
 
     Attributes:
         guider: the host's. sigmas: [N+1] levels of the schedule that the calls belong to. batch: pictures in a level.
-        path: that its latents are on.
+        skipped: noisy steps of the schedule that `sigmas` leave out. path: that its latents are on.
     """
 
-    def __init__(self, guider: Any, sigmas: Tensor, batch: int) -> None:
+    def __init__(self, guider: Any, sigmas: Tensor, batch: int, skipped: int = 0) -> None:
         self.guider = guider
         self.sigmas = sigmas
+        self.skipped = skipped
         self.path = path_of(guider.model_patcher)
         self.parts = Parts(rows_together(guider, batch))
         inner = guider.inner_model
         self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        # The samplers have the levels on the CPU where all rows have one.
+        level = None if sigma.device != torch.device("cpu") or (sigma != sigma[0]).any() else float(sigma[0])
+
         def call(rows: slice) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            return self.guider(x[rows], sigma[rows], **extra_args)
+            if level is None:
+                return self.guider(x[rows], sigma[rows], **extra_args)
+            timestep = x.new_full((len(x[rows]),), level)
+            options = saying_level(extra_args.get("model_options", {}), timestep, level)
+            return self.guider(x[rows], timestep, **{**extra_args, "model_options": options})
 
-        set_window_step(extra_args.get("model_options", {}), self.sigmas, sigma)
+        set_window_step(extra_args.get("model_options", {}), self.sigmas, sigma, self.skipped)
         parts = self.parts(len(x), call)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -119,13 +132,19 @@ def make_sigmas(model: "ModelPatcher", scheduler: str, steps: int) -> Tensor:
 
 
 def invert_ddpm(
-    task: InversionTask, batch_steps: int = 0, keep_residual: bool = True, same_noise: bool = False
+    task: InversionTask,
+    batch_steps: int = 0,
+    keep_residual: bool = True,
+    same_noise: bool = False,
+    noise_maps: bool = True,
 ) -> Inversion:
     """Edit-friendly DDPM inversion through the host (see `samplers.ddpm_inversion`), on the CPU when done.
 
     Args:
         batch_steps: noise levels per model call; 0 chooses by free memory and device.
         same_noise: all pictures of the batch get one noise, so that edits of a video's frames differ less.
+        noise_maps: False asks no model and makes an inversion that is good as a reference only (see
+            `samplers.ddpm_inversion.noised_path`): with the same latents, without what a replay needs.
     Raises:
         ValueError: a model, latent or setting that cannot be inverted, before any model call.
         FloatingPointError: a prediction that is not finite.
@@ -133,24 +152,37 @@ def invert_ddpm(
     if batch_steps < 0:
         raise ValueError(f"batch_steps must be 0 (automatic) or more, got {batch_steps}")
 
-    def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
-        n = len(sigmas) - 1
-        per_call = levels_per_call(model.guider, clean, n, batch_steps)
-        settings: dict[str, Any] = {"path": model.path, "seed": task.seed, "keep_residual": keep_residual}
-        settings["store"] = _store(model.guider, clean, 2 * n)
+    def settings(path: str, clean: Tensor, n: int) -> dict[str, Any]:
+        common: dict[str, Any] = {"path": path, "seed": task.seed, "skip": task.skip}
         if same_noise:
             generator = torch.Generator("cpu").manual_seed(task.seed)
             one = torch.randn((n, 1, *clean.shape[1:]), generator=generator, dtype=clean.dtype)
-            settings["noise"] = one.expand(n, *clean.shape)
-        settings.update(extra_args=extra_args, callback=callback)
-        return ddpm_inversion(model, clean, sigmas, batch_steps=per_call, **settings)
+            common["noise"] = one.expand(n, *clean.shape)
+        return common
 
-    return _run(task, run, calls_per_step=1)
+    def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
+        n = len(sigmas) - 1
+        asked = settings(model.path, clean, n)
+        asked["batch_steps"] = levels_per_call(model.guider, clean, n - task.skip, batch_steps)
+        asked["store"] = _store(model.guider, clean, 2 * n)
+        asked.update(keep_residual=keep_residual, extra_args=extra_args, callback=callback)
+        return ddpm_inversion(model, clean, sigmas, **asked)
+
+    if noise_maps:
+        return _run(task, run, calls_per_step=1)
+    latent, sigmas = _prepare(task)
+    scale, shift = _to_host(task.model, latent)
+    # As the host's guiders do: zeros stay zeros.
+    clean = task.model.get_model_object("latent_format").process_in(latent) if latent.any() else latent
+    path = noised_path(clean, sigmas, **settings(path_of(task.model), clean, len(sigmas) - 1))
+    return _finish(path, task, scale, shift)
 
 
-def invert_ddim(task: InversionTask, refine: int = 0) -> Inversion:
+def invert_ddim(task: InversionTask, refine: int = 0, cache: ReferenceCache | None = None) -> Inversion:
     """DDIM inversion through the host (see `samplers.ddim_inversion`), on the CPU when done.
 
+    Args:
+        cache: keeps what SCSA will ask for, read on the way (see `scsa_references`); None for none.
     Raises:
         ValueError: a model, latent or setting that cannot be inverted, before any model call.
         FloatingPointError: a prediction that is not finite.
@@ -160,12 +192,18 @@ def invert_ddim(task: InversionTask, refine: int = 0) -> Inversion:
     if refine and task.cfg > 1.0:
         logging.warning("DDIM refinement does not converge with guidance (CFG %g): use CFG 1 with it.", task.cfg)
 
-    def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
-        settings: dict[str, Any] = {"path": model.path, "refine": refine}
-        settings["store"] = _store(model.guider, clean, len(sigmas))
-        return ddim_inversion(model, clean, sigmas, extra_args=extra_args, callback=callback, **settings)
+    reading = None if cache is None else ReadWhileInverting(cache)
 
-    return _run(task, run, calls_per_step=1 + refine)
+    def run(model: HostModel, clean: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable) -> Inversion:
+        settings: dict[str, Any] = {"path": model.path, "skip": task.skip, "refine": refine}
+        settings["store"] = _store(model.guider, clean, len(sigmas))
+        read = model if reading is None else reading.around(model.guider, model)
+        return ddim_inversion(read, clean, sigmas, extra_args=extra_args, callback=callback, **settings)
+
+    inversion = _run(task, run, calls_per_step=1 + refine)
+    if reading is not None:
+        reading.finish(inversion)
+    return inversion
 
 
 def _store(guider: Any, clean: Tensor, copies: int) -> torch.device | None:
@@ -198,18 +236,24 @@ class InversionSampler(comfy.samplers.Sampler):
         return latent_image
 
 
-def _run(task: InversionTask, run: Callable[..., Inversion], calls_per_step: int) -> Inversion:
+def _prepare(task: InversionTask) -> tuple[Tensor, Tensor]:
+    """The latent in the host's coordinates, and the levels [N+1]; ValueError where they do not do."""
     path_of(task.model)
     check_latent_kind(task.latent)
     latent = comfy.sample.fix_empty_latent_channels(task.model, task.latent)
     check_channels(task.model, latent)
     sigmas = make_sigmas(task.model, task.scheduler, task.steps) if task.sigmas is None else task.sigmas.cpu()
+    check_skip(task.skip, len(sigmas) - 1)
+    return latent.float(), sigmas
+
+
+def _run(task: InversionTask, run: Callable[..., Inversion], calls_per_step: int) -> Inversion:
+    latent, sigmas = _prepare(task)
     guider = comfy.samplers.CFGGuider(uncached(task.model))
     guider.set_conds(task.positive, task.negative)
     guider.set_cfg(task.cfg)
     sampler = InversionSampler(run)
-    callback = latent_preview.prepare_callback(task.model, (len(sigmas) - 1) * calls_per_step)
-    latent = latent.float()
+    callback = latent_preview.prepare_callback(task.model, (len(sigmas) - 1 - task.skip) * calls_per_step)
     scale, shift = _to_host(task.model, latent)
     guider.sample(
         # The samplers draw their own noise; the host wants a tensor of its shape.

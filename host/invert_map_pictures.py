@@ -2,11 +2,9 @@
 
 import logging
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from ..regions.map_pictures import draw_map
@@ -14,6 +12,7 @@ from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from .fingerprint import NoFingerprintError, fingerprint, token
 from .invert import InversionTask, invert_ddim
+from .reference_cache import ReferenceCache
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -30,6 +29,7 @@ def invert_map_pictures(
     pictures: Pair,
     regions: SemanticMap,
     vae: Any | None,
+    cache: ReferenceCache,
 ) -> Pair:
     """The content's and the style's map as pictures of their sizes, inverted by DDIM on the content's levels.
 
@@ -37,6 +37,7 @@ def invert_map_pictures(
         model: the model without SCSA.
         pictures: content and style; the content's prompt is taken.
         vae: the host's.
+        cache: of `invert_ddim`.
     Raises:
         ValueError: no VAE, a content without prompt, a VAE that does not belong to the content's latents.
     """
@@ -63,26 +64,18 @@ def invert_map_pictures(
                 f"{list(picture.clean.shape)}: connect the VAE that the picture was encoded with"
             )
     logging.info("Inverting the pictures of the semantic map (%d steps).", content.steps)
-    if latents[0].shape[1:] == latents[1].shape[1:]:
-        both = _invert(model, content, torch.cat(latents))
-        made = (_rows(both, slice(0, len(latents[0]))), _rows(both, slice(len(latents[0]), None)))
-    else:
-        made = (_invert(model, content, latents[0]), _invert(model, content, latents[1]))
+    # Each by itself, as SCSA asks the model about them: what is kept of their calls is then the same to the last bit.
+    made = _invert(model, content, latents[0], cache), _invert(model, content, latents[1], cache)
     if key is not None:
         _KEPT[regions] = key, made
     return made
 
 
-def _invert(model: "ModelPatcher", like: Inversion, latent: Tensor) -> Inversion:
+def _invert(model: "ModelPatcher", like: Inversion, latent: Tensor, cache: ReferenceCache) -> Inversion:
     assert like.positive is not None
     negative = like.positive if like.negative is None else like.negative
-    return invert_ddim(
-        InversionTask(model, like.positive, negative, latent, like.steps, "", 1.0, like.seed, like.sigmas)
-    )
-
-
-def _rows(inversion: Inversion, rows: slice) -> Inversion:
-    return replace(inversion, clean=inversion.clean[rows], trajectory=inversion.trajectory[:, rows])
+    task = InversionTask(model, like.positive, negative, latent, like.steps, "", 1.0, like.seed, like.sigmas)
+    return invert_ddim(task, cache=cache)
 
 
 def _key(model: "ModelPatcher", pictures: Pair, vae: Any) -> Hashable | None:

@@ -19,14 +19,8 @@ from ..samplers.terms import Frames, Key, Stream
 from .batching import fits
 from .conditioning import active_at, has_motion, stream_conds, without_control
 from .extra_calls import extra_call_options
-from .fingerprint import NoFingerprintError, fingerprint, token
-from .reference_cache import ReferenceCache
-
-# What a call for a reference does not share with the picture being made: these change pictures, not features.
-_HARMLESS_OPTIONS = {
-    *("transformer_options", "to_load_options", "sampler_cfg_function", "sampler_post_cfg_function"),
-    *("sampler_pre_cfg_function", "disable_cfg1_optimization", "denoise_mask_function"),
-}
+from .fingerprint import NoFingerprintError, fingerprint
+from .reference_cache import ReferenceCache, model_key
 
 
 class References:
@@ -54,7 +48,8 @@ class References:
         self.resident: dict[Key, Inversion] = {}
         self.keys: dict[Key, Hashable] = {}
         self.forwards = self.reused = 0
-        self.cache = cache if cache is not None and _is_plain(guider) else None
+        self.model = None if cache is None else model_key(guider)
+        self.cache = None if self.model is None else cache
         if self.cache is not None:
             self.cache.begin_run()
             try:
@@ -63,19 +58,25 @@ class References:
                 self.cache = None
 
     def at(
-        self, executor: Callable, x: Tensor, timestep: Tensor, positive: list[dict], options: dict, frames: Frames
+        self,
+        executor: Callable,
+        x: Tensor,
+        level: float,
+        timestep: Tensor,
+        positive: list[dict],
+        options: dict,
+        frames: Frames,
     ) -> dict[Key, dict[Prompt | None, Features]]:
         """Features of all streams at a level, as ordinary tensors on x's device; as many rows as x, or one.
 
         Args:
             executor: `executor(model, conds, x, timestep, model_options) -> list of denoised`, the host's.
             x: [R, C, *S] of the call whose references these are.
-            timestep: [R], its level.
+            level: its level. timestep: [R], the same on x's device.
             positive: its processed conditioning: a stream without a prompt of its own has features under each of them.
             options: its model_options.
             frames: which pictures of the whole batch its rows are, None for all.
         """
-        level = float(timestep[0])
         shared = active_at(positive, level)
         found: dict[Key, dict[Prompt | None, Features]] = {}
         for key, (stream, maps) in self.streams.items():
@@ -94,7 +95,7 @@ class References:
         return found
 
     def _rows(self, stream: Stream, level: float, x: Tensor, frames: Frames) -> Tensor:
-        latent = self._resident(stream, x).at(level).to(x)
+        latent = self._resident(stream, x).at(level).to(x, non_blocking=True)
         if len(latent) == 1 or frames is None:
             # A motion model takes the rows of a call for the frames of one clip: a still clip of the one picture.
             still = len(latent) == 1 and has_motion(self.guider)
@@ -136,36 +137,4 @@ class References:
     def _cache_key(self, stream: Stream, maps: bool) -> Hashable:
         own = self.guider.conds["positive"] if stream.conditioning is None else None
         conds = stream.conditioning if own is None else [without_control(c) for c in own]
-        patcher = self.guider.model_patcher
-        to = self.guider.model_options.get("transformer_options", {})
-        # Anything may stand in the place of an object of the model, numbers and dtypes too.
-        objects = sorted((name, token(o)) for name, o in getattr(patcher, "object_patches", {}).items())
-        dtype = str(getattr(patcher.model, "manual_cast_dtype", None) or patcher.model.get_dtype())
-        return (
-            token(patcher.model),
-            str(patcher.patches_uuid),
-            tuple(objects),
-            token(to.get("optimized_attention_override")),
-            dtype,
-            fingerprint(conds),
-            self.blocks,
-            maps,
-        )
-
-
-def _is_plain(guider: comfy.samplers.CFGGuider) -> bool:
-    """Whether all that a reference's features depend on is known."""
-    patcher, options = guider.model_patcher, guider.model_options
-    tables = (options.get("transformer_options", {}).get("wrappers", {}), getattr(patcher, "wrappers", {}))
-    foreign = [
-        key for kinds in tables for kind in kinds.values() for key in kind if not str(key).startswith("semantic_style")
-    ]
-    hooked = any(c.get("hooks") is not None for conds in guider.conds.values() for c in conds or ())
-    return not (
-        foreign
-        or hooked
-        or has_motion(guider)
-        or getattr(patcher, "hook_patches", None)
-        or getattr(patcher, "additional_models", None)
-        or set(options) - _HARMLESS_OPTIONS
-    )
+        return self.model, fingerprint(conds), self.blocks, maps

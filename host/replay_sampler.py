@@ -24,20 +24,12 @@ from .progress import TimeLeft
 ROUNDING = 2**-8
 
 
-def check_skip(inversion: Inversion, skip: int) -> None:
-    """Raise ValueError unless the inversion has a step left after `skip` of them."""
-    if not 0 <= skip < inversion.steps:
-        raise ValueError(
-            f"skip must be 0 to {inversion.steps - 1} for this inversion of {inversion.steps} steps, got {skip}"
-        )
-
-
 class ReplayNoise:
     """The host's NOISE: what its noise scaling at the first level makes into the latent that the replay starts from.
 
     Attributes:
         inversion: in float32.
-        skip: noisy steps left out.
+        skip: noisy steps of its schedule left out.
         start: [B, C, *S] in the model's coordinates, a latent that replaces the stored one at that level; None for
             none.
         seed: of the inversion, for models whose conditioning uses one.
@@ -53,16 +45,17 @@ class ReplayNoise:
         """Noise [B, C, *S] for the host's latent; ValueError when that is not the inversion's."""
         self.inversion.check_fits(input_latent["samples"].shape)
         if self.start is None:
-            return self.inversion.noise_at(self.skip)
+            return self.inversion.noise_at(self.skip - self.inversion.skipped)
         inversion = self.inversion
-        return noise_prediction(self.start, inversion.clean, inversion.sigmas[self.skip], inversion.path)
+        level = inversion.sigmas[self.skip - inversion.skipped]
+        return noise_prediction(self.start, inversion.clean, level, inversion.path)
 
 
 class ReplaySampler(comfy.samplers.Sampler):
     """The host's SAMPLER that replays an inversion. Holds settings only, so that the host may run it again.
 
     Attributes:
-        skip: noisy steps left out.
+        skip: noisy steps of its schedule left out.
         exact: add the inversion's residual on its last step.
         adains: take references' statistics after each step, one after another.
         start: [B, C, *S] in the model's coordinates, what the run has to start from; None for the stored latent.
@@ -105,7 +98,7 @@ class ReplaySampler(comfy.samplers.Sampler):
         self._check_path(path_of(model_wrap.model_patcher))
         check_same(inversion.model, identify(model_wrap.model_patcher), self.allow_other_model)
         inversion.check_fits(noise.shape)
-        self._check_skipped(inversion.find(sigmas))
+        self._check_skipped(inversion.skipped + inversion.find(sigmas))
         for adain in self.adains:
             self._check_adain(adain, noise.shape)
         x = noised(latent_image, noise, sigmas[0], inversion.path)
@@ -126,7 +119,13 @@ class ReplaySampler(comfy.samplers.Sampler):
         settings["after_step"] = self._after_step(model_wrap, x)
         with bar:
             x = replay(
-                HostModel(model_wrap, inversion.sigmas, len(x)), x, sigmas, extra_args, report, disable_pbar, **settings
+                HostModel(model_wrap, inversion.sigmas, len(x), inversion.skipped),
+                x,
+                sigmas,
+                extra_args,
+                report,
+                disable_pbar,
+                **settings,
             )
         # As the host's samplers do: a flow's latent that is still noisy leaves without its share of the clean one.
         return model_wrap.inner_model.model_sampling.inverse_noise_scaling(sigmas[-1], x)
@@ -148,10 +147,11 @@ class ReplaySampler(comfy.samplers.Sampler):
 
     def _check_start(self, x: Tensor) -> None:
         """Noise maps take a latent from one stored level to the next: after any other they are wrong, silently."""
-        expected = (self.inversion.trajectory[self.skip] if self.start is None else self.start).to(x)
+        first = self.skip - self.inversion.skipped
+        expected = (self.inversion.trajectory[first] if self.start is None else self.start).to(x)
         apart, most = float((x - expected).abs().max()), float(expected.abs().max())
         if not apart <= ROUNDING * most:
-            level = float(self.inversion.sigmas[self.skip])
+            level = float(self.inversion.sigmas[first])
             raise ValueError(
                 f"the run starts from another latent than the inversion's at sigma {level:.4g} (they differ by up to "
                 f"{apart:.3g}), to which its noise maps do not lead on: give the Replay node's NOISE and LATENT to "
@@ -204,6 +204,6 @@ def _mask_by_level(mask: Tensor, guider: Any, sigmas: Tensor, batch: int, extra_
         return mask
 
     def at(sigma: Tensor) -> Tensor:
-        return change(sigma.expand(batch), mask, extra_options={"model": guider, "sigmas": sigmas})
+        return change(sigma.to(mask.device).expand(batch), mask, extra_options={"model": guider, "sigmas": sigmas})
 
     return at

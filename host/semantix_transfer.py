@@ -87,7 +87,7 @@ def sample(guider: EnergyGuider, sampler: ReplaySampler, mask: Tensor | None = N
         mask: MASK [B, H, W]; only where it is 1 the picture changes.
     """
     context, noise = sampler.inversion, ReplayNoise(sampler.inversion, sampler.skip)
-    sigmas = context.sigmas[sampler.skip :]
+    sigmas = context.sigmas[sampler.skip - context.skipped :]
     latent: dict[str, Any] = {"samples": context.to_outer(context.clean)}
     if mask is not None:
         mask = _encoded(as_mask(mask), context)[:, None]
@@ -119,9 +119,11 @@ def describe(
         samples: what came out, in the host's coordinates.
     """
     context = sampler.inversion
-    said = ", ".join(f"from step {adain.first + 1} of {context.steps} on" for adain in sampler.adains) or "off"
+    steps = context.schedule_steps - sampler.skip
+    starts = (f"from step {adain.first + 1} of {context.schedule_steps} on" for adain in sampler.adains)
+    said = ", ".join(starts) or "off"
     lines = [
-        f"Semantix: {context.steps - sampler.skip} steps, CFG {guider.cfg:g}, weights style {weights.style:g}, spatial "
+        f"Semantix: {steps} steps, CFG {guider.cfg:g}, weights style {weights.style:g}, spatial "
         f"{weights.spatial:g}, semantic {weights.semantic:g}, position {weights.position:g}; AdaIN {said}",
         summary(report),
     ]

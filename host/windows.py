@@ -40,7 +40,7 @@ def window_of_call(transformer_options: dict[str, Any]) -> Window | None:
     return None if frames is None else Window(anchor_of_window(window), tuple(frames))
 
 
-def set_window_step(model_options: dict[str, Any], sigmas: Tensor, sigma: Tensor) -> None:
+def set_window_step(model_options: dict[str, Any], sigmas: Tensor, sigma: Tensor, skipped: int = 0) -> None:
     """Let windows that move from step to step be those of the step that belongs to a noise level.
 
     AnimateDiff-Evolved counts the sampler's steps itself, from 0: without this a replay that leaves out noisy steps,
@@ -48,8 +48,9 @@ def set_window_step(model_options: dict[str, Any], sigmas: Tensor, sigma: Tensor
 
     Args:
         model_options: of the coming call.
-        sigmas: [N+1] levels of the whole schedule. sigma: [B] of the call, all the same.
+        sigmas: [N+1] levels of the schedule. sigma: [B] of the call, all the same.
+        skipped: noisy steps of the schedule that `sigmas` leave out.
     """
     state = model_options.get("transformer_options", {}).get("ADGS")
     if state is not None:
-        state.current_step = int((sigmas.cpu() - sigma[0].cpu()).abs().argmin())
+        state.current_step = skipped + int((sigmas.cpu() - sigma[0].cpu()).abs().argmin())

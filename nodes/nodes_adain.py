@@ -119,7 +119,8 @@ class ReplayAdaIN(io.ComfyNode):
             raise ValueError("AdaIN acts along a replay: connect the SAMPLER of Replay Inversion")
         replayed = sampler.inversion
         where = Where.of(replayed, reference, content_mask, style_mask)
-        adain = StepAdaIN(reference, replayed.steps, adain_start, semantic_map, strength, where.content, where.style)
+        parts = where.content, where.style
+        adain = StepAdaIN(reference, replayed.schedule_steps, adain_start, semantic_map, strength, *parts)
         return io.NodeOutput(sampler.with_adain(adain))
 
 

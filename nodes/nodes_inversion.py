@@ -6,7 +6,8 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..host.invert import InversionTask, invert_ddim, invert_ddpm
-from ..host.replay_sampler import ReplayNoise, ReplaySampler, check_skip
+from ..host.reference_cache import CACHE
+from ..host.replay_sampler import ReplayNoise, ReplaySampler
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from ..samplers.step_adain import PUBLISHED_START, StepAdaIN
@@ -60,6 +61,19 @@ def _seed_input(tooltip: str) -> Any:
     return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=False, tooltip=tooltip)
 
 
+def _skip_input() -> Any:
+    return advanced(
+        io.Int.Input(
+            "skip",
+            default=0,
+            min=0,
+            max=9999,
+            optional=True,
+            tooltip="Noisy steps that no run will use: they are not computed. Replay with this skip or more.",
+        )
+    )
+
+
 def adain_start_input() -> Any:
     return io.Float.Input(
         "adain_start",
@@ -79,8 +93,8 @@ def _inversion_output() -> Any:
     )
 
 
-def _task(model, positive, negative, latent, steps, scheduler, cfg, seed) -> InversionTask:
-    return InversionTask(model, positive, negative, latent["samples"], steps, scheduler, cfg, seed)
+def _task(model, positive, negative, latent, steps, scheduler, cfg, seed, skip) -> InversionTask:
+    return InversionTask(model, positive, negative, latent["samples"], steps, scheduler, cfg, seed, skip=skip)
 
 
 class DDPMInversion(io.ComfyNode):
@@ -114,6 +128,14 @@ class DDPMInversion(io.ComfyNode):
                     tooltip="One noise for all pictures of the batch: switch it on for the frames of a video, whose "
                     "edits then flicker less. Off: each picture has its own.",
                 ),
+                io.Boolean.Input(
+                    "noise_maps",
+                    default=True,
+                    optional=True,
+                    tooltip="What a replay needs. Off for a reference (of Semantix, SCSA, AdaIN or Spin): the same "
+                    "noisy latents without asking the model, in no time. It cannot be replayed.",
+                ),
+                _skip_input(),
             ],
             outputs=[_inversion_output()],
         )
@@ -131,9 +153,11 @@ class DDPMInversion(io.ComfyNode):
         seed,
         batch_steps: int = 0,
         same_noise: bool = False,
+        noise_maps: bool = True,
+        skip: int = 0,
     ) -> io.NodeOutput:
-        task = _task(model, positive, negative, latent, steps, scheduler, cfg, seed)
-        return io.NodeOutput(invert_ddpm(task, batch_steps, same_noise=same_noise))
+        task = _task(model, positive, negative, latent, steps, scheduler, cfg, seed, skip)
+        return io.NodeOutput(invert_ddpm(task, batch_steps, same_noise=same_noise, noise_maps=noise_maps))
 
 
 class DDIMInversion(io.ComfyNode):
@@ -161,13 +185,36 @@ class DDIMInversion(io.ComfyNode):
                         "error several times. At CFG 1 only.",
                     )
                 ),
+                io.Boolean.Input(
+                    "for_scsa",
+                    default=True,
+                    optional=True,
+                    tooltip="Keep in RAM what Apply SCSA will ask the model about this picture: its first run then "
+                    "takes half the time. SD1.5, 512 pixels, 50 steps: 0.6 GB a picture, a quarter of the RAM at most, "
+                    "until the inversion is gone. Off saves it where no SCSA follows.",
+                ),
+                _skip_input(),
             ],
             outputs=[_inversion_output()],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, steps, scheduler, cfg, seed, refine: int = 0) -> io.NodeOutput:
-        return io.NodeOutput(invert_ddim(_task(model, positive, negative, latent, steps, scheduler, cfg, seed), refine))
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        steps,
+        scheduler,
+        cfg,
+        seed,
+        refine: int = 0,
+        for_scsa: bool = True,
+        skip: int = 0,
+    ) -> io.NodeOutput:
+        task = _task(model, positive, negative, latent, steps, scheduler, cfg, seed, skip)
+        return io.NodeOutput(invert_ddim(task, refine, CACHE if for_scsa else None))
 
 
 class Replay(io.ComfyNode):
@@ -251,18 +298,18 @@ class Replay(io.ComfyNode):
         adain_start: float = PUBLISHED_START,
         semantic_map: SemanticMap | None = None,
     ) -> io.NodeOutput:
-        check_skip(inversion, skip)
+        inversion.check_replay(skip)
         beginning = None
         if start is not None:
             inversion.check_fits(start["samples"].shape)
             beginning = inversion.to_inner(start["samples"].to(inversion.clean))
         adains: tuple[StepAdaIN, ...] = ()
         if adain_reference is not None:
-            adains = (StepAdaIN(adain_reference, inversion.steps, adain_start, semantic_map),)
+            adains = (StepAdaIN(adain_reference, inversion.schedule_steps, adain_start, semantic_map),)
         return io.NodeOutput(
             ReplayNoise(inversion, skip, beginning),
             ReplaySampler(inversion, skip, exact, allow_other_model, adains, beginning),
-            inversion.sigmas[skip:].clone(),
+            inversion.sigmas[skip - inversion.skipped :].clone(),
             {"samples": inversion.to_outer(inversion.clean)},
         )
 
@@ -291,9 +338,10 @@ class InversionLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion: Inversion, step: int) -> io.NodeOutput:
-        if not 0 <= step <= inversion.steps:
-            raise ValueError(f"step must be 0 to {inversion.steps} for this inversion, got {step}")
-        return io.NodeOutput({"samples": inversion.to_outer(inversion.trajectory[step])})
+        first, last = inversion.skipped, inversion.schedule_steps
+        if not first <= step <= last:
+            raise ValueError(f"step must be {first} to {last} for this inversion, got {step}")
+        return io.NodeOutput({"samples": inversion.to_outer(inversion.trajectory[step - first])})
 
 
 class InversionFromBatch(io.ComfyNode):
@@ -327,7 +375,7 @@ class InversionFromBatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion: Inversion, batch_index: int, length: int) -> io.NodeOutput:
-        return io.NodeOutput(inversion.rows(batch_index, length))
+        return io.NodeOutput(CACHE.rows(inversion, batch_index, length))
 
 
 NODES: list[type[io.ComfyNode]] = [

@@ -9,6 +9,7 @@ from ..attention.scsa_attention import ScsaSettings
 from ..attention.scsa_patch import uses_map_pictures
 from ..host.apply_scsa import Patch, Pictures, apply_scsa
 from ..host.invert_map_pictures import invert_map_pictures
+from ..host.reference_cache import CACHE
 from ..regions.semantic_map import SemanticMap
 from ..samplers.inversion import Inversion
 from .schema import advanced, schema
@@ -179,10 +180,10 @@ class ApplySCSA(io.ComfyNode):
         if uses_map_pictures(patch.settings) and (content_map is None or style_map is None):
             # What does not fit is refused before the pictures are made.
             apply_scsa(model, replace(patch, settings=replace(patch.settings, a1=0.0)))
-            drawn = invert_map_pictures(model, (content, style), semantic_map, vae)
+            drawn = invert_map_pictures(model, (content, style), semantic_map, vae, CACHE)
             pictures = Pictures(content, style, content_map or drawn[0], style_map or drawn[1])
             patch = replace(patch, pictures=pictures)
-        return io.NodeOutput(apply_scsa(model, patch))
+        return io.NodeOutput(apply_scsa(model, patch, CACHE))
 
 
 NODES: list[type[io.ComfyNode]] = [ApplySCSA]

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..host.energy_guider import EnergyGuider, why_nothing
-from ..host.replay_sampler import ReplaySampler, check_skip
+from ..host.replay_sampler import ReplaySampler
 from ..host.semantix_transfer import Where, describe, make_energy, sample
 from ..pictures.report_plot import HEIGHT, WIDTH, report_plot
 from ..regions.semantic_map import SemanticMap
@@ -394,7 +394,7 @@ class KSampler(io.ComfyNode):
         style_mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         chosen = _chosen(weights, style_weight, spatial_weight, semantic_weight, position_weight)
-        check_skip(context, skip)
+        context.check_replay(skip)
         where = Where.of(context, reference, content_mask, style_mask)
         energy = make_energy(
             context, reference, chosen, start_percent, end_percent, semantic_map, reference_prompt, where=where
@@ -405,7 +405,7 @@ class KSampler(io.ComfyNode):
         adains: tuple[StepAdaIN, ...] = ()
         if adain_start < 1.0 and adain_strength > 0.0:
             parts = where.content, where.style
-            adains = (StepAdaIN(reference, context.steps, adain_start, semantic_map, adain_strength, *parts),)
+            adains = (StepAdaIN(reference, context.schedule_steps, adain_start, semantic_map, adain_strength, *parts),)
         sampler = ReplaySampler(context, skip, exact, allow_other_model, adains)
         samples = sample(guider, sampler, mask)
         (run,) = reports

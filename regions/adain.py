@@ -49,6 +49,7 @@ def region_adain(
     strength: float = 1.0,
     content_mask: Tensor | None = None,
     style_mask: Tensor | None = None,
+    present: Tensor | None = None,
 ) -> Tensor:
     """S-AdaIN: every region of the content takes mean and standard deviation of the same region of the style.
 
@@ -65,6 +66,8 @@ def region_adain(
             statistics either. None for everywhere.
         style_mask: booleans [B' or 1, H', W'], the style's pixels whose statistics count, all of them where they are
             fewer than `min_tokens`. None for all.
+        present: the content's labels, each once, on its device; None to find them, for which the host waits for the
+            device that the labels are on.
     Returns:
         [B, C, H, W] in the content's dtype; computed in float32 at least. Finite for finite inputs.
     Raises:
@@ -79,9 +82,10 @@ def region_adain(
         raise ValueError(f"min_tokens must be at least 1, got {min_tokens}")
     c, s = _flat(content), _flat(style)
     b = len(content)
-    regions = torch.unique(content_labels).to(content.device)
-    inside_c = _membership(content_labels.to(content.device), regions, b, c.dtype)
-    inside_s = _membership(style_labels.to(content.device), regions, len(style), c.dtype)
+    found = torch.unique(content_labels) if present is None else present
+    regions, ours, theirs = (t.to(content.device, non_blocking=True) for t in (found, content_labels, style_labels))
+    inside_c = _membership(ours, regions, b, c.dtype)
+    inside_s = _membership(theirs, regions, len(style), c.dtype)
     mean_all, var_all = _moments(s)
     if content_mask is not None:
         content_mask = rearrange(content_mask, "b h w -> b 1 (h w)").to(c)
@@ -129,7 +133,7 @@ def adain_latents(
     Raises:
         ValueError: shapes that do not fit, or a strength outside 0..1.
     """
-    style = style.to(content.device)
+    style = style.to(content.device, non_blocking=True)
     if regions is None and content_mask is None and style_mask is None:
         return adain(content, style, strength=strength)
     if regions is None:

@@ -9,6 +9,7 @@ Refinement solves each step's implicit equation, as Pan et al., "AIDI", ICCV 202
 import torch
 from torch import Tensor
 
+from .finite import FiniteWatch
 from .inversion import Inversion
 from .steps import (
     VE,
@@ -17,6 +18,7 @@ from .steps import (
     call_model,
     check_latent,
     check_schedule,
+    check_skip,
     clean_share,
     deterministic_step,
     noise_prediction,
@@ -31,12 +33,13 @@ def ddim_inversion(
     sigmas: Tensor,
     *,
     path: str = VE,
+    skip: int = 0,
     refine: int = 0,
     store: torch.device | str | None = None,
     extra_args: dict | None = None,
     callback: Callback | None = None,
 ) -> Inversion:
-    """Invert `clean` on the levels `sigmas` with N * (1 + refine) model evaluations.
+    """Invert `clean` on the levels `sigmas` with (N - skip) * (1 + refine) model evaluations.
 
     From the clean end: `x_i = a_i D + s_i e` with `D` and `e` at `(x_{i+1}, s_{i+1})`. Where `s_{i+1}` is 0, `e` is
     taken at the same picture without noise at the next level, `(a_i clean, s_i)`, and `D` is the picture. Each
@@ -49,6 +52,7 @@ def ddim_inversion(
         clean: [B, C, *S] in the model's coordinates; several images go through as one batch.
         sigmas: [N+1] strictly decreasing, the last 0 as a rule.
         path: of the model, see `steps`.
+        skip: noisy levels to leave out: no run will begin there.
         refine: fixed-point iterations of each step.
         store: device that keeps the trajectory, where the latent's own is too small for it; None for the latent's.
         extra_args: keyword arguments for every model call.
@@ -56,31 +60,35 @@ def ddim_inversion(
     Returns:
         an `Inversion` of kind "ddim".
     Raises:
-        ValueError: unusable latent or schedule, negative refine. FloatingPointError: a prediction that is not finite.
+        ValueError: unusable latent, schedule, skip or refine. FloatingPointError: a prediction that is not finite.
     """
     check_latent(clean)
     check_schedule(sigmas, path)
+    check_skip(skip, len(sigmas) - 1)
     if refine < 0:
         raise ValueError(f"refine must be 0 or more, got {refine}")
     clean = clean.to(working_dtype(clean))
-    levels = sigmas.to(clean)
+    # On the CPU: a host that reads a level must not wait for the device.
+    levels, watch = sigmas.to("cpu", clean.dtype), FiniteWatch()
     n = len(levels) - 1
     args = extra_args or {}
-    total, call = n * (1 + refine), 0
-    trajectory = torch.empty((n + 1, *clean.shape), dtype=clean.dtype, device=store or clean.device)
-    trajectory[n] = x = clean
-    for i in reversed(range(n)):
+    total, call = (n - skip) * (1 + refine), 0
+    trajectory = torch.empty((n - skip + 1, *clean.shape), dtype=clean.dtype, device=store or clean.device)
+    trajectory[-1] = x = clean
+    for i in reversed(range(skip, n)):
         below, at_clean = x, not levels[i + 1] > 0
         s = levels[i] if at_clean else levels[i + 1]
         x = clean_share(s, path) * below if at_clean else below
         for _ in range(1 + refine):
-            denoised = call_model(model, x, s.expand(len(x)), i, args)
+            denoised = call_model(model, x, s.expand(len(x)), i, args, watch)
             eps = noise_prediction(x, denoised, s, path)
             x = deterministic_step(below, below if at_clean else denoised, eps, levels[i + 1], levels[i], path)
             s, at_clean = levels[i], False
             if callback is not None:
                 callback({"i": call, "total": total, "x": x, "sigma": s, "denoised": denoised})
             call += 1
-        trajectory[i] = x
+        trajectory[i - skip] = x
+    watch.finish()
     clean = clean.to(trajectory.device)
-    return Inversion(kind="ddim", path=path, clean=clean, trajectory=trajectory, sigmas=sigmas.detach().cpu())
+    kept = sigmas[skip:].detach().cpu()
+    return Inversion(kind="ddim", path=path, clean=clean, trajectory=trajectory, sigmas=kept, skipped=skip)

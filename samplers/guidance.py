@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .features import Features, FeatureTap, Prompt
+from .finite import FiniteWatch
 from .guidance_report import StepReport
 from .terms import Frames, Key, Resampled, Term
 
@@ -96,20 +97,24 @@ def energy_gradient(
     return denoised, math.sqrt(1 + sigma**2) * gradient, energies
 
 
-def clamped(gradient: Tensor, sigma: float, energies: dict[str, Tensor], step: int, dtype: object) -> tuple:
+def clamped(
+    gradient: Tensor, sigma: float, energies: dict[str, Tensor], step: int, dtype: object, watch: FiniteWatch
+) -> tuple[Tensor, StepReport]:
     """The guidance `g` [B, C, *S] of a gradient of that shape, and the step's report.
 
     Args:
         step, dtype: of the run and of the model, for messages.
-    Raises:
-        FloatingPointError: a gradient that is not finite.
+        watch: of the run; raises a FloatingPointError for a gradient that is not finite.
     """
-    if not torch.isfinite(gradient).all():
-        raise FloatingPointError(
+
+    def error() -> FloatingPointError:
+        return FloatingPointError(
             f"the guidance has NaN or infinite values at step {step}, sigma {sigma:.4g}, with the model in {dtype}; "
             f"energies: {', '.join(f'{n} {float(e):.4g}' for n, e in energies.items())}. Try the model in float32 or "
             "bfloat16, or lower weights"
         )
+
+    watch(gradient, error)
     size = gradient.abs()
     report = StepReport(sigma, energies, size.mean(), (size > LIMIT).float().mean())
     return gradient.clamp(-LIMIT, LIMIT), report

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .steps import FLOW, VE, check_latent, check_schedule, noise_prediction, noised, per_row
 
-KINDS = ("ddpm", "ddim")
+KINDS = ("ddpm", "ddim", "noised")
 # Levels that agree to this relative difference are the same level: schedules are computed in float32 on several
 # devices.
 SAME_LEVEL = 1e-5
@@ -39,13 +39,15 @@ class Inversion:
     latent format's scaling. `to_outer`/`to_inner` go to the coordinates that a host shows its user and back.
 
     Attributes:
-        kind: "ddpm" (edit-friendly, with noise maps) or "ddim" (deterministic).
+        kind: "ddpm" (edit-friendly, with noise maps), "ddim" (deterministic), or "noised" (as ddpm, but without maps: a
+            reference, which no model was asked for and which cannot be replayed).
         clean: [B, C, *S], the latent that was inverted.
         trajectory: [N+1, B, C, *S], from the noisiest (index 0) to the clean one (index N).
         sigmas: [N+1], strictly decreasing levels of the trajectory; the last one 0 as a rule.
         noise_maps: [N-1, B, C, *S], the noise that each step but the last has to add, DDPM only.
         residual: [B, C, *S], what the last step's prediction lacks to the clean latent; None where it was not kept.
         path: "ve" or "flow", what `a` is at a level (see `steps`).
+        skipped: noisy steps of its schedule that were left out: its step k is the step `skipped + k` of the schedule.
         seed: of the noise.
         cfg: guidance scale that it was made with.
         latent_format: name of the latent format, for messages.
@@ -63,6 +65,7 @@ class Inversion:
     noise_maps: Tensor | None = None
     residual: Tensor | None = None
     path: str = VE
+    skipped: int = 0
     seed: int = 0
     cfg: float = 1.0
     latent_format: str = ""
@@ -104,6 +107,30 @@ class Inversion:
         """N, the number of steps from the noisiest level to the clean one."""
         return len(self.sigmas) - 1
 
+    @property
+    def schedule_steps(self) -> int:
+        """The number of steps of its schedule, those that were left out among them."""
+        return self.skipped + self.steps
+
+    def check_replay(self, skip: int) -> None:
+        """Raise ValueError unless it can be replayed from the step `skip` of its schedule on."""
+        if self.kind == "noised":
+            raise ValueError(
+                "this inversion has no noise maps (noise_maps is off on its DDPM Inversion node): it is a reference, "
+                "and cannot be replayed. Invert again with noise_maps on"
+            )
+        if 0 <= skip < self.skipped:
+            raise ValueError(
+                f"this inversion was made without the {self.skipped} noisiest of its {self.schedule_steps} steps, and "
+                f"cannot be replayed with skip {skip}: set skip to {self.skipped} or more, or invert again with skip "
+                f"{skip}"
+            )
+        if not self.skipped <= skip < self.schedule_steps:
+            raise ValueError(
+                f"skip must be {self.skipped} to {self.schedule_steps - 1} for this inversion of {self.schedule_steps} "
+                f"steps, got {skip}"
+            )
+
     def at(self, sigma: float | Tensor) -> Tensor:
         """The latent [B, C, *S] at the level `sigma`, for use as a reference (replay needs the exact schedule).
 
@@ -135,7 +162,7 @@ class Inversion:
         return noise_prediction(self.trajectory[step], self.clean, self.sigmas[step].to(self.clean), self.path)
 
     def find(self, sigmas: Tensor) -> int:
-        """The step at which the schedule `sigmas` [n+1] starts in this inversion's own.
+        """The step at which the schedule `sigmas` [n+1] starts in this inversion's own levels.
 
         Raises:
             ValueError: unless `sigmas` is a contiguous part of the stored schedule; noise maps belong to their levels.

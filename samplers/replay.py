@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .finite import FiniteWatch
 from .inversion import Inversion
 from .steps import (
     Callback,
@@ -25,8 +26,8 @@ from .steps import (
 # What is kept of the replay, 1 the new picture, 0 the inverted one: a tensor that broadcasts to [B, C, *S], or a
 # function of the level that gives one.
 Mask: TypeAlias = Tensor | Callable[[Tensor], Tensor]
-# Changes the latent after a step: `change(x, step, sigma)`, x [B, C, *S] at the level `sigma` that the inversion's step
-# `step` (counted from its noisiest level) went to.
+# Changes the latent after a step: `change(x, step, sigma)`, x [B, C, *S] at the level `sigma` that the step `step` of
+# the inversion's schedule (counted from its noisiest level) went to.
 Change: TypeAlias = Callable[[Tensor, int, Tensor], Tensor]
 
 
@@ -71,19 +72,22 @@ def replay(
     """
     inversion.check_fits(x.shape)
     start = inversion.find(sigmas)
+    inversion.check_replay(inversion.skipped + start)
     stop = start + len(sigmas) - 1
     x = x.to(working_dtype(x))
-    levels = inversion.sigmas.to(x)
+    # On the CPU: a host that reads a level must not wait for the device.
+    levels, watch = inversion.sigmas.to("cpu", x.dtype), FiniteWatch()
     part = _Part(inversion, start, stop, x, mask, resident)
     args = extra_args or {}
     for i in range(start, stop):
         x = part.keep(x, i, levels[i])
-        denoised = call_model(model, x, levels[i].expand(len(x)), i, args)
+        denoised = call_model(model, x, levels[i].expand(len(x)), i, args, watch)
         if callback is not None:
             callback({"i": i - start, "total": stop - start, "x": x, "sigma": levels[i], "denoised": denoised})
         x = part.step(x, denoised, i, levels[i], levels[i + 1], exact)
         if after_step is not None and i < inversion.steps - 1:
-            x = after_step(x, i, levels[i + 1])
+            x = after_step(x, inversion.skipped + i, levels[i + 1])
+    watch.finish()
     return part.keep(x, stop, levels[max(stop - 1, 0)])
 
 

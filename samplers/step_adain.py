@@ -23,7 +23,7 @@ class StepAdaIN:
 
     Attributes:
         reference: whose statistics; one image, or one for each that is replayed. Its schedule may differ.
-        steps: of the replayed inversion.
+        steps: of the replayed inversion's schedule.
         start: part 0..1 of those steps before the first AdaIN, 0.33 and 0.67 for thirds; 1 switches it off.
         regions: content and style maps, or None for the whole picture.
         strength: 0..1 of the effect of all its steps together: each of n steps gets `1 - (1 - strength)^(1/n)`.

@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# `model(x, sigma, **extra_args) -> denoised`: x [R, C, *S], sigma [R], denoised [R, C, *S].
+from .finite import FiniteWatch
+
+# `model(x, sigma, **extra_args) -> denoised`: x [R, C, *S], sigma [R] beside x or on the CPU, denoised [R, C, *S].
 Model = Callable[..., Tensor]
 # Called after every model call with "i" (the last step or evaluation that is done, from 0), "total" (how many there
 # will be), and of that step "x" [B, C, *S], "sigma", "denoised".
@@ -94,6 +96,12 @@ def check_schedule(sigmas: Tensor, path: str = VE) -> None:
         raise ValueError(f"a flow model's sigmas end at 1, which is pure noise; the first one is {float(sigmas[0]):g}")
 
 
+def check_skip(skip: int, steps: int) -> None:
+    """Raise ValueError unless a schedule of so many steps has one left after `skip` noisy ones."""
+    if not 0 <= skip < steps:
+        raise ValueError(f"skip must be 0 to {steps - 1} for {steps} steps, got {skip}")
+
+
 def check_latent(clean: Tensor) -> None:
     """Raise ValueError unless `clean` is a finite floating-point tensor [B, C, *S] with at least one position."""
     if not clean.is_floating_point() or clean.ndim < 3 or 0 in clean.shape:
@@ -109,30 +117,30 @@ def check_latent(clean: Tensor) -> None:
         )
 
 
-def call_model(model: Model, x: Tensor, sigma: Tensor, step: int, extra_args: dict) -> Tensor:
+def call_model(model: Model, x: Tensor, sigma: Tensor, step: int, extra_args: dict, watch: FiniteWatch) -> Tensor:
     """The model's prediction for rows [R, C, *S] at levels [R], in x's dtype.
 
+    Args:
+        watch: of the run; raises a FloatingPointError for a prediction that is not finite, with the step, its level and
+            the dtype that the model runs in (its attribute `dtype`, where it has one).
     Raises:
         ValueError: the prediction has another shape than x.
-        FloatingPointError: the prediction is not finite; names the step, its level and the dtype that the model runs in
-            (its attribute `dtype`, where it has one).
     """
     denoised = model(x, sigma, **extra_args)
     if denoised.shape != x.shape:
         raise ValueError(f"the model returned {list(denoised.shape)} for a latent {list(x.shape)}")
-    if not torch.isfinite(denoised).all():
-        _blame(model, denoised, sigma, step)
+    watch(denoised, lambda: _blame(model, denoised, sigma, step))
     return denoised.to(x.dtype)
 
 
-def _blame(model: Model, denoised: Tensor, sigma: Tensor, step: int) -> None:
+def _blame(model: Model, denoised: Tensor, sigma: Tensor, step: int) -> FloatingPointError:
     broken = ~torch.isfinite(denoised.flatten(1)).all(dim=1)
     row = int(broken.nonzero()[0])
     # Rows are grouped by level, highest first: the rows of earlier levels tell how many steps the first bad one is
     # behind.
     steps_behind = len(torch.unique(sigma[: row + 1])) - 1
     dtype = getattr(model, "dtype", None) or denoised.dtype
-    raise FloatingPointError(
+    return FloatingPointError(
         f"the model's prediction is NaN or infinite at step {step + steps_behind}, sigma {float(sigma[row]):.4g}, with "
         f"the model in {dtype}; try it in float32 or bfloat16, without the last patches, or with a lower CFG"
     )

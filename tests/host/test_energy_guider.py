@@ -26,6 +26,7 @@ from semantic_style.host.reference_cache import ReferenceCache
 from semantic_style.host.replay_sampler import ReplayNoise, ReplaySampler
 from semantic_style.host.versions import values_of
 from semantic_style.regions.semantic_map import SemanticMap
+from semantic_style.samplers import finite
 from semantic_style.samplers.guidance import LIMIT
 from semantic_style.samplers.spin_energy import SpinStyleTerm
 from semantic_style.samplers.terms import Energy, SemanticTerm, SpatialTerm, Stream, StyleTerm
@@ -303,8 +304,11 @@ def test_a_stock_run_is_the_same_before_and_after_also_when_a_guided_run_fails_o
     assert torch.equal(guided, run(guider, context)), "the same guider goes on as if nothing had happened"
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(model, context, reference):
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_gradient_that_is_not_finite_stops_the_run(model, context, reference, behind, monkeypatch):
     broken = model.clone()
+    if behind:  # as a device is whose results are not known when the next step begins
+        monkeypatch.setattr(finite, "is_known", lambda *_: False)
 
     def infinite(h, skip, options):
         return (h * float("inf") if torch.is_grad_enabled() else h), skip

@@ -16,6 +16,7 @@ from comfy_extras.nodes_custom_sampler import (
 from semantic_style.benchmarks.random_models import conditioning, small_sd15
 from semantic_style.host.invert import make_sigmas
 from semantic_style.nodes.nodes_inversion import DDIMInversion, DDPMInversion, InversionLatent, Replay
+from semantic_style.samplers import finite
 
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
@@ -369,9 +370,12 @@ def test_a_failing_patch_leaves_nothing_behind(model):
     assert torch.equal(resample(model, inversion), expected)
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("run", [run_inversion, run_replay])
-def test_a_prediction_that_is_not_finite_is_named(model, run):
+def test_a_prediction_that_is_not_finite_is_named(model, run, behind, monkeypatch):
     inversion = ddpm(model, latent(1, 4, 8, 8))
+    if behind:  # as a device is whose results are not known when the next step begins
+        monkeypatch.setattr(finite, "is_known", lambda *_: False)
 
     def overflow(args):
         return args["denoised"] * (torch.inf if args["sigma"][0] <= inversion.sigmas[3] else 1.0)
@@ -546,3 +550,50 @@ def test_frames_can_share_one_noise(model):
     assert torch.equal(alone.trajectory[:, 0], shared.trajectory[:, 0]), "one picture has the noise of its seed"
     out = resample(model, shared)
     assert error(out, frames) < 1e-3
+
+
+def test_a_reference_asks_no_model(model, evaluations):
+    image = latent(2, 4, 8, 6)
+    whole = ddpm(model, image)
+    evaluations.clear()
+    for same_noise in (False, True):
+        inputs = (model, POSITIVE, NEGATIVE, image, 6, "normal", CFG, 7, 0, same_noise)
+        reference = DDPMInversion.execute(*inputs, noise_maps=False).args[0]
+        assert evaluations == []
+        compared = DDPMInversion.execute(*inputs).args[0] if same_noise else whole
+        evaluations.clear()
+        for name in ("clean", "trajectory", "sigmas", "scale", "shift"):
+            assert torch.equal(getattr(reference, name), getattr(compared, name)), name
+        assert (reference.model, reference.positive) == (compared.model, compared.positive)
+        assert not reference.trajectory.is_inference()
+    with pytest.raises(ValueError, match="no noise maps"):
+        Replay.execute(reference, 0, True)
+    empty = DDPMInversion.execute(
+        model, POSITIVE, NEGATIVE, {"samples": torch.zeros(1, 4, 8, 8)}, 6, "normal", CFG, 7, noise_maps=False
+    ).args[0]
+    assert not empty.clean.any()
+
+
+@pytest.mark.parametrize("node", [DDPMInversion, DDIMInversion])
+def test_levels_that_no_run_visits_are_left_out(model, evaluations, node):
+    image = latent(1, 4, 8, 6)
+    inputs = (model, POSITIVE, NEGATIVE, image, 6, "normal", 1.0, 7)
+    whole = node.execute(*inputs).args[0]
+    evaluations.clear()
+    part = node.execute(*inputs, skip=2).args[0]
+    assert sum(evaluations) == 4
+    expected = resample(model, whole, OTHER, cfg=1.0, skip=3)
+    assert torch.equal(resample(model, part, OTHER, cfg=1.0, skip=3), expected)
+    step_2 = InversionLatent.execute(whole, 2).args[0]["samples"]
+    assert torch.equal(InversionLatent.execute(part, 2).args[0]["samples"], step_2)
+    # AdaIN begins at the step that it begins at without.
+    adain = {"skip": 2, "adain_reference": whole, "adain_start": 0.5}
+    assert torch.equal(resample(model, part, OTHER, 1.0, **adain), resample(model, whole, OTHER, 1.0, **adain))
+    with pytest.raises(ValueError, match="without the 2 noisiest of its 6 steps"):
+        resample(model, part, skip=1)
+    with pytest.raises(ValueError, match="step must be 2 to 6"):
+        InversionLatent.execute(part, 1)
+    evaluations.clear()
+    with pytest.raises(ValueError, match="skip must be 0 to 5 for 6 steps"):
+        node.execute(*inputs, skip=6)
+    assert evaluations == []

@@ -260,45 +260,35 @@ def test_the_blocks_compute_scsa_of_what_enters_them(name):
         assert after[layer].std() > 0.01
 
 
-def test_references_of_one_size_take_one_call_for_each_level(model, patched, pictures):
+def test_each_reference_takes_one_call_for_each_level(model, patched, pictures):
     other = apply_scsa(model, Patch(pictures_of(model, style_size=(8, 16)), label_maps(style_size=(8, 16))))
+    references = [1, 1, 1, 1]
     with rows_of_calls(model) as rows:
         stock(patched)
-        assert rows == [4, 2] * STEPS
+        assert rows == [*references, 2] * STEPS
         rows.clear()
         stock(patched, cfg=1.0)
-        assert rows == [4, 1] * STEPS
+        assert rows == [*references, 1] * STEPS
         rows.clear()
         # Two calls a step, at its level and at the next one, where the next step begins.
         stock(patched, sampler="heun")
-        assert rows == [4, 2] + [4, 2, 2] * (STEPS - 1)
+        assert rows == [*references, 2] + [*references, 2, 2] * (STEPS - 1)
         rows.clear()
         stock(other)
-        assert rows == [2, 2, 2] * STEPS
+        assert rows == [*references, 2] * STEPS
         rows.clear()
         without = Pictures(pictures.content, pictures.style)
         stock(apply_scsa(model, Patch(without, label_maps(), ScsaSettings(a1=0.0))))
-        assert rows == [2, 2] * STEPS
+        assert rows == [1, 1, 2] * STEPS
 
 
-def test_references_run_one_by_one_where_memory_or_prompts_ask_for_it(model, patched, pictures, monkeypatch):
+def test_prompts_of_references(model, patched, pictures):
     together = stock(patched)
-    needed = model.model.memory_required([4, 4, *SIZE])
-    with monkeypatch.context() as few, rows_of_calls(model) as rows:
-        few.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: needed)
-        apart = stock(patched)
-    assert sorted(rows[:4]) == [1, 1, 1, 1]
-    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3)
     longer = replace(pictures.style, positive=conditioning(3, tokens=9))
-    with rows_of_calls(model) as rows:
-        stock(apply_scsa(model, Patch(replace(pictures, style=longer), label_maps())))
-    assert rows == [1, 1, 1, 1, 2] * STEPS
+    assert not torch.equal(stock(apply_scsa(model, Patch(replace(pictures, style=longer), label_maps()))), together)
     # Of combined prompts the first one counts.
     combined = replace(pictures.style, positive=EMPTY + POSITIVE)
-    with rows_of_calls(model) as rows:
-        out = stock(apply_scsa(model, Patch(replace(pictures, style=combined), label_maps())))
-    assert rows == [4, 2] * STEPS
-    assert torch.equal(out, together)
+    assert torch.equal(stock(apply_scsa(model, Patch(replace(pictures, style=combined), label_maps()))), together)
 
 
 def test_every_way_to_sample(model, patched, patch):
@@ -346,8 +336,8 @@ def test_it_acts_in_its_part_of_the_run(model, patch):
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)[:-1]
     high = int((sigmas >= middle).sum())
     assert 0 < high < 4
-    assert calls(end=0.5)[0] == [4, 2] * high + [2] * (4 - high)
-    assert calls(start=0.5)[0] == [2] * high + [4, 2] * (4 - high)
+    assert calls(end=0.5)[0] == [1, 1, 1, 1, 2] * high + [2] * (4 - high)
+    assert calls(start=0.5)[0] == [2] * high + [1, 1, 1, 1, 2] * (4 - high)
     rows, out = calls(start=1.0)
     assert rows == [2] * 4
     assert torch.equal(out, stock(model, steps=4))
@@ -547,7 +537,7 @@ def test_nothing_is_left_behind_also_after_errors_and_cancel(model, patched, pic
             replayed(cfg_guider(patched), pictures.content, callback=cancel)
     finally:
         comfy.model_management.interrupt_current_processing(False)
-    assert (steps, rows) == ([0], [4, 2])
+    assert (steps, rows) == ([0], [1, 1, 1, 1, 2])
     assert hooks_left(model) == []
     assert torch.equal(plain, stock(model))
     assert torch.equal(with_scsa, stock(patched))
@@ -605,7 +595,7 @@ def test_guided_runs_with_it(model, patched, energy):
     with rows_of_calls(model) as rows:
         out = replayed(energy_guider(patched, terms, cache=cache), context)
     # SCSA's references, the energy's two, the branch with gradient, the other one.
-    assert rows == [4, 1, 1, 1, 1] * STEPS
+    assert rows == [1, 1, 1, 1, 1, 1, 1, 1] * STEPS
     assert torch.isfinite(out).all()
     assert torch.equal(out, replayed(energy_guider(patched, terms), context))
     unpatched = energy_guider(model, terms, cache=cache)
@@ -719,7 +709,7 @@ def test_the_node_makes_the_maps_pictures_once(demo, style_size):
     regions = SemanticMap(a.labels, b.labels)
     with rows_of_calls(model) as rows:
         patched = apply_node(demo, content, style, regions, vae=vae)
-        assert rows == ([2] * STEPS if style_size == (32, 24) else [1] * 2 * STEPS)
+        assert rows == [1] * 2 * STEPS
         rows.clear()
         again = apply_node(demo, content, style, regions, vae=vae, temperature=2.0, blocks="2-3")
         assert rows == [], "kept for this map"

@@ -12,6 +12,7 @@ from semantic_style.regions.semantic_map import SemanticMap
 from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 from semantic_style.samplers.energies import semantic_distance, spatial_feature_energy, style_feature_energy
 from semantic_style.samplers.features import RECOMPUTE, Features, FeatureTap
+from semantic_style.samplers.finite import FiniteWatch
 from semantic_style.samplers.guidance import clamped, energy_gradient, total_energy, with_guidance
 from semantic_style.samplers.matching import find_matches
 from semantic_style.samplers.replay import replay
@@ -399,12 +400,12 @@ def test_windows_of_a_clip_take_their_frames_maps(model, prompts, inversions):
 
 def test_the_clamp_is_on_the_sum_and_is_reported():
     gradient = torch.tensor([[[[-3.0, 0.5, 0.0, 1.5]]]])
-    g, report = clamped(gradient, 2.0, {"style": torch.tensor(1.0)}, 0, torch.float32)
+    g, report = clamped(gradient, 2.0, {"style": torch.tensor(1.0)}, 0, torch.float32, FiniteWatch())
     assert g.flatten().tolist() == [-1.0, 0.5, 0.0, 1.0]
     assert report.saturated == 0.5
     assert report.size == 1.25
     with pytest.raises(FloatingPointError, match=r"step 7, sigma 2, with the model in torch.float16"):
-        clamped(gradient * math.nan, 2.0, {}, 7, torch.float16)
+        clamped(gradient * math.nan, 2.0, {}, 7, torch.float16, FiniteWatch())
 
 
 def test_a_guided_replay_lowers_what_it_weighs(model, prompts, inversions):
@@ -421,7 +422,7 @@ def test_a_guided_replay_lowers_what_it_weighs(model, prompts, inversions):
         denoised, gradient, energies = energy_gradient(
             x, level, terms, lambda x: model(x, sigma, prompts[0], tap.options()), tap, theirs
         )
-        g, report = clamped(gradient, level, energies, len(reports), x.dtype)
+        g, report = clamped(gradient, level, energies, len(reports), x.dtype, FiniteWatch())
         reports.append(report)
         unguided = model(x, sigma, prompts[1])
         return with_guidance(unguided + 1.5 * (denoised - unguided), g, level)

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from semantic_style.samplers.ddim_inversion import ddim_inversion
-from semantic_style.samplers.ddpm_inversion import ddpm_inversion
+from semantic_style.samplers.ddpm_inversion import ddpm_inversion, noised_path
 from semantic_style.samplers.inversion import Inversion
 from semantic_style.samplers.replay import replay
 
@@ -68,6 +68,69 @@ def test_every_latent_of_the_way_is_the_trajectorys():
         model, inversion.trajectory[0], inversion.sigmas, inversion=inversion, callback=lambda d: seen.append(d["x"])
     )
     assert (torch.stack(seen) - inversion.trajectory[:-1]).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("skip", [1, 7, 19])
+@pytest.mark.parametrize("kind", ["ddpm", "ddim", "noised"])
+def test_levels_left_out_change_nothing_in_the_others_and_cost_nothing(kind, skip):
+    def invert(model, **settings):
+        if kind == "noised":
+            return noised_path(latent(2, 4, 6, 6), schedule(20), seed=4, **settings)
+        settings |= {"seed": 4, "batch_steps": 3} if kind == "ddpm" else {"refine": 1}
+        steps = {"ddpm": ddpm_inversion, "ddim": ddim_inversion}
+        return steps[kind](model, latent(2, 4, 6, 6), schedule(20), **settings)
+
+    whole, model = invert(Gaussian(0.25, 3.5)), Gaussian(0.25, 3.5)
+    part = invert(model, skip=skip)
+    assert model.rows == {"ddpm": 1, "ddim": 2, "noised": 0}[kind] * 2 * (20 - skip)
+    assert (part.skipped, part.steps, part.schedule_steps) == (skip, 20 - skip, 20)
+    assert torch.equal(part.sigmas, whole.sigmas[skip:])
+    assert torch.equal(part.trajectory, whole.trajectory[skip:])
+    if kind == "ddpm":
+        torch.testing.assert_close(part.noise_maps, whole.noise_maps[skip:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part.residual, whole.residual, rtol=1e-5, atol=1e-5)
+        later = range(skip + 1, 20) if skip < 19 else ()
+        for first in (skip, *later):
+            start = part.trajectory[first - skip]
+            steps = []
+
+            def note(x, step, sigma, steps=steps):
+                steps.append(step)
+                return x
+
+            out = replay(model, start, whole.sigmas[first:], inversion=part, after_step=note)
+            assert (out - part.clean).abs().max() < 2e-5
+            assert steps == list(range(first, 19)), "counted from the schedule's noisiest level"
+
+
+@pytest.mark.parametrize("skip", [-1, 20])
+def test_a_skip_that_leaves_no_step_is_refused(skip):
+    clean = latent(1, 4, 3, 3)
+    for invert in (ddpm_inversion, ddim_inversion):
+        with pytest.raises(ValueError, match="skip must be 0 to 19 for 20 steps"):
+            invert(Gaussian(), clean, schedule(20), skip=skip)
+
+
+def test_what_cannot_be_replayed_says_why():
+    part = ddpm_inversion(Gaussian(), latent(1, 4, 3, 3), schedule(20), skip=5)
+    part.check_replay(5)
+    part.check_replay(19)
+    with pytest.raises(ValueError, match=r"without the 5 noisiest of its 20 steps.*skip 3.*5 or more, or .* skip 3"):
+        part.check_replay(3)
+    with pytest.raises(ValueError, match="skip must be 5 to 19"):
+        part.check_replay(20)
+    reference = noised_path(latent(1, 4, 3, 3), schedule(20))
+    with pytest.raises(ValueError, match=r"no noise maps.*Invert again with noise_maps on"):
+        replay(Gaussian(), reference.trajectory[0], reference.sigmas, inversion=reference)
+
+
+def test_a_path_without_maps_is_that_of_the_inversion():
+    clean = latent(2, 4, 6, 6)
+    whole, path = ddpm_inversion(Gaussian(), clean, schedule(9), seed=2), noised_path(clean, schedule(9), seed=2)
+    assert path.noise_maps is None
+    assert path.residual is None
+    assert torch.equal(path.trajectory, whole.trajectory)
+    assert torch.equal(path.at(0.7), whole.at(0.7))
 
 
 def test_two_halves_are_the_whole():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from semantic_style.samplers.finite import FiniteWatch
 from semantic_style.samplers.steps import (
     ancestral_noise,
     call_model,
@@ -65,9 +66,9 @@ def test_bad_prediction_is_blamed_on_step_level_and_dtype():
 
     x = torch.zeros(4, 1, 1)
     with pytest.raises(FloatingPointError, match=r"step 11, sigma 1, .*float16"):
-        call_model(Model(), x, torch.tensor([3.0, 3.0, 1.0, 1.0]), 10, {})
+        call_model(Model(), x, torch.tensor([3.0, 3.0, 1.0, 1.0]), 10, {}, FiniteWatch())
 
 
 def test_prediction_of_another_shape():
     with pytest.raises(ValueError, match=r"\[1, 2, 3\]"):
-        call_model(lambda x, s: x[:, :, :-1], torch.zeros(1, 2, 4), torch.ones(1), 0, {})
+        call_model(lambda x, s: x[:, :, :-1], torch.zeros(1, 2, 4), torch.ones(1), 0, {}, FiniteWatch())

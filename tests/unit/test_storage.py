@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from semantic_style.files.inversion_file import load_inversion, save_inversion
 from semantic_style.samplers.ddim_inversion import ddim_inversion
-from semantic_style.samplers.ddpm_inversion import ddpm_inversion
+from semantic_style.samplers.ddpm_inversion import ddpm_inversion, noised_path
 from semantic_style.samplers.inversion import Inversion, ModelIdentity
 
 SIGMAS = torch.tensor([10.0, 3.0, 1.0, 0.0])
@@ -148,3 +148,17 @@ def test_a_failed_save_leaves_the_old_file(path, monkeypatch):
         save_inversion(path, make(seed=1))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["part", "noised"])
+def test_inversions_that_older_packs_cannot_know(path, kind):
+    if kind == "part":
+        saved = make(**vars(ddpm_inversion(model, torch.randn(2, 4, 6, 5), SIGMAS, skip=1)))
+    else:
+        saved = noised_path(torch.randn(2, 4, 6, 5), SIGMAS)
+    save_inversion(path, saved)
+    assert parts(path)[1]["version"] == "3"
+    loaded = load_inversion(path)
+    assert (loaded.kind, loaded.skipped, loaded.schedule_steps) == (saved.kind, saved.skipped, 3)
+    assert torch.equal(loaded.trajectory, saved.trajectory)
+    assert (loaded.noise_maps is None) == (kind == "noised")
