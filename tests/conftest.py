@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -39,6 +41,20 @@ from semantic_style.runner import locate  # noqa: E402
 def root() -> Path:
     """The pack's root folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], ModuleType]:
+    """Import a file of tools/ by its name; the files there import each other by theirs."""
+
+    def load(name: str) -> ModuleType:
+        sys.path.insert(0, str(ROOT / "tools"))
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(str(ROOT / "tools"))
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,18 +13,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _frontend_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("frontend", ROOT / "tools" / "frontend.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def frontend_tool() -> ModuleType:
-    tool = _frontend_tool()
+def frontend_tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    tool = load_tool("frontend")
     if missing := tool.why_no_browser():
         pytest.skip(f"no browser: {missing}")
     return tool

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import re
-import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -27,19 +26,8 @@ NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 
 
 @pytest.fixture(scope="module")
-def tool(root: Path) -> ModuleType:
-    """tools/locales.py."""
-    folder = str(root / "tools")
-    sys.path.insert(0, folder)
-    try:
-        spec = importlib.util.spec_from_file_location("locales_tool", root / "tools" / "locales.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
-    return module
+def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
+    return load_tool("locales")
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_the_archive_holds_what_users_need_and_nothing_else(root: Path) -> None:
     folders = {name.split("/")[0] for name in shipped if "/" in name}
     assert folders == {
         *("attention", "docs", "files", "host", "locales", "nodes", "paperland", "pictures", "regions", "runner"),
-        *("samplers", "tools", "web", "workflows"),
+        *("samplers", "subgraphs", "tools", "web", "workflows"),
     }
     assert {name for name in shipped if name.startswith("tools/")} == {"tools/run.py"}
     assert not {name for name in shipped if Path(name).stem in ("train", "evaluate")}
