@@ -71,20 +71,20 @@ def self_attention_layers(unet: nn.Module, levels: int = LEVELS) -> tuple[Layer,
     return tuple(layer for layers in with_attention[-levels:] for layer in layers)
 
 
-def word_layers(unet: nn.Module, levels: int = LEVELS) -> tuple[tuple[Layer, ...], ...]:
-    """The cross-attention layers ("output", block, index) of the `levels` finest decoder levels that have any, a tuple
-    for each level, coarse to fine: SD1.x gives blocks 6 to 8 and 9 to 11, SDXL 0 to 2 and 3 to 5.
+def word_layers(unet: nn.Module) -> tuple[tuple[Layer, ...], ...]:
+    """The cross-attention layers ("output", block, index) of the decoder, a tuple for each level that has any, coarse to
+    fine: SD1.x gives blocks 3 to 5, 6 to 8 and 9 to 11, SDXL 0 to 2 and 3 to 5.
 
     Raises:
         ValueError: the network has no numbered decoder blocks, or none with cross-attention.
     """
-    levels_told = _decoder_levels(unet, told=True)
-    if not levels_told:
+    levels = _decoder_levels(unet, told=True)
+    if not levels:
         raise ValueError(
             f"{type(unet).__name__} has no cross-attention in its decoder: to find a subject by a word a model that is "
             "told by a prompt is needed"
         )
-    return tuple(levels_told[-levels:])
+    return tuple(levels)
 
 
 def _decoder_levels(unet: nn.Module, told: bool = False) -> list[tuple[Layer, ...]]:

@@ -6,8 +6,8 @@ Diffusion Using Cross Attention", ACL 2023, and sharpened by a random walk betwe
 and Kwak, "Learning Pixel-level Semantic Affinity with Image-level Supervision", CVPR 2018.
 
 Our reading, measured on Paperland (docs/saliency.md):
-* a layer's map counts from its least to its peak; decoder levels are multiplied rather than added, the finer one counts
-  twice: the coarse one knows what a thing is, the fine one where it ends;
+* a layer's map counts from its least to its peak; decoder levels are multiplied rather than added, each counts twice
+  as much as the coarser one before it: those know what a thing is, the fine ones where it ends;
 * positions are neighbours by the cosine of their features, as for the cut without a word, and by their distance;
 * the subject is where the map, from its least to its peak, exceeds a share; a larger one while what does is strewn or
   drawn out, if then it is not.

@@ -40,6 +40,8 @@ PICTURES = ("SaveImage", "PreviewImage", "LoadImage", "LoadVideo")
 ANIMATION_HEIGHT = 430
 # A subject's preview has more of them.
 SUBJECT_HEIGHT = 560
+# The line with the time left that the frontend puts below what runs long.
+TIME_LEFT = 28
 # What a simple node shows of its regions below its settings.
 REGIONS_HEIGHT = 220
 # Pixels of an ordinary window that are left to the graph beside the frontend's bars, which newer versions lay over the
@@ -132,7 +134,7 @@ def _size(node: Graph) -> list[int]:
         height = PICTURE_HEIGHT
     elif node["type"] in TEXT_HEIGHTS:
         height = TEXT_HEIGHTS[node["type"]][max(map(len, node["widgets_values"])) > LONG_TEXT]
-    return [max(width, NARROWEST), height]
+    return [max(width, NARROWEST), height + TIME_LEFT * node["type"].startswith("SemanticStyle")]
 
 
 def _view(groups: list[Graph]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from semantic_style.regions.word_subject import find_by_word
 pytestmark = pytest.mark.usefixtures("one_thread", "as_the_host_runs_nodes")
 
 TWINS = {
-    "sd1": (small_sd15, {}, [range(6, 9), range(9, 12)], [1, 1]),
-    "sd2": (small_sd15, {"linear": True}, [range(6, 9), range(9, 12)], [1, 1]),
+    "sd1": (small_sd15, {}, [range(3, 6), range(6, 9), range(9, 12)], [1, 1, 1]),
+    "sd2": (small_sd15, {"linear": True}, [range(3, 6), range(6, 9), range(9, 12)], [1, 1, 1]),
     "sdxl": (small_sdxl, {"pooled": RIGHT}, [range(3), range(3, 6)], [3, 2]),
 }
 
@@ -54,7 +54,7 @@ def latent(rows=1, size=(16, 12)):
 
 
 @pytest.mark.parametrize("kind", TWINS)
-def test_the_words_tokens_are_read_in_the_two_finest_levels(kind, monkeypatch):
+def test_the_words_tokens_are_read_in_every_level_of_the_decoder(kind, monkeypatch):
     """Attention worked out by itself, from what the layers' projections give."""
     make, settings, blocks, depths = TWINS[kind]
     model, clip = make(**settings), small_clip(kind)

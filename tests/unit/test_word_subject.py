@@ -87,12 +87,12 @@ def test_what_cannot_be_found_is_told():
             find_by_word(features, [[torch.rand(8, 8)]], share)
 
 
-def test_layers_are_those_of_the_two_finest_levels_that_a_prompt_tells():
+def test_layers_are_those_of_the_decoder_levels_that_a_prompt_tells():
     unet = PaperlandUNet(UNetConfig())
-    assert word_layers(unet) == ((("output", 2, 0), ("output", 3, 0)), (("output", 4, 0),))
-    assert word_layers(unet, levels=1) == ((("output", 4, 0),),)
+    coarse = ((("output", 0, 0), ("output", 1, 0)), (("output", 2, 0), ("output", 3, 0)))
+    assert word_layers(unet) == (*coarse, (("output", 4, 0),))
     unet.output_blocks[4][1].transformer_blocks[0].attn2 = None
-    assert word_layers(unet)[-1] == (("output", 2, 0), ("output", 3, 0))
+    assert word_layers(unet) == coarse
     with pytest.raises(ValueError, match="no cross-attention in its decoder"):
         word_layers(PaperlandUNet(UNetConfig(depth_out=((0, 0),) * 3)))
     with pytest.raises(ValueError, match="no decoder blocks"):
