@@ -186,7 +186,7 @@ class SemantixRestyle(io.ComfyNode):
                 ),
                 io.Mask.Input("style_mask", optional=True, tooltip="Only from here style is taken."),
                 SemanticMapSocket.Input(
-                    "semantic_map", optional=True, tooltip="Which regions belong together, from a Semantic Map node."
+                    "semantic_map", optional=True, tooltip="Which regions belong together, from a semantic map node."
                 ),
                 advanced(
                     io.Float.Input(
@@ -330,7 +330,7 @@ class SCSARestyle(io.ComfyNode):
                     "style_masks", optional=True, tooltip="One mask for each region of the style, in the same order."
                 ),
                 SemanticMapSocket.Input(
-                    "semantic_map", optional=True, tooltip="Which regions belong together, from a Semantic Map node."
+                    "semantic_map", optional=True, tooltip="Which regions belong together, from a semantic map node."
                 ),
                 side_input(),
             ],
