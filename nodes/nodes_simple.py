@@ -261,6 +261,7 @@ class SemantixRestyle(io.ComfyNode):
             latent=reference_picture.latent,
             cfg=1.0,
             seed=(seed + 1) % MAX_SEED,
+            noise_maps=False,
             **shared,
         ).out(0)
         maps = inner.given("semantic_map", semantic_map)
@@ -632,6 +633,7 @@ class SpinPaint(io.ComfyNode):
                 scheduler=SPIN_SCHEDULER,
                 cfg=1.0,
                 seed=0,
+                noise_maps=False,
             ).out(0)
             energy = inner.add(
                 SpinStyleEnergy,
