@@ -32,7 +32,8 @@ NO_MAP, AUTOMATIC = "none", "automatic"
 
 # What the sliders stand for at 1: the strongest that kept pictures whole on Paperland (docs/sliders.md).
 MOST_STYLE = 9.0
-SPATIAL, SEMANTIC, POSITION = 0.6, 2 / 3, 3.0
+# Published for images: position weight 3, with which things of the style showed through at their own positions.
+SPATIAL, SEMANTIC, POSITION = 0.6, 2 / 3, 1.0
 MOST_BLEND = 5.0
 SPIN_SCHEDULER = "ddim_uniform"
 TEMPLATE = "a photo of <it>"
