@@ -135,7 +135,7 @@ def adain_latents(
     Raises:
         ValueError: shapes that do not fit, or a strength outside 0..1.
     """
-    style = style.to(content.device, non_blocking=True)
+    style = style.to(content.device, non_blocking=content.is_cuda)
     if regions is None and content_mask is None and style_mask is None:
         return adain(content, style, strength=strength)
     if regions is None:
