@@ -72,7 +72,7 @@ def self_attention_layers(unet: nn.Module, levels: int = LEVELS) -> tuple[Layer,
 
 
 def word_layers(unet: nn.Module) -> tuple[tuple[Layer, ...], ...]:
-    """The cross-attention layers ("output", block, index) of the decoder, a tuple for each level that has any, coarse to
+    """The decoder's cross-attention layers ("output", block, index), a tuple for each level that has any, coarse to
     fine: SD1.x gives blocks 3 to 5, 6 to 8 and 9 to 11, SDXL 0 to 2 and 3 to 5.
 
     Raises:

@@ -43,6 +43,9 @@ class DemoGraph:
 
 
 GRAPHS = (
+    DemoGraph("semantix_simple", "Semantix, one node: a scene takes another's look, each thing its counterpart's"),
+    DemoGraph("scsa_simple", "SCSA, one node: every region is painted with what the style has in the same region"),
+    DemoGraph("spin_simple", "Spin, one node: the reference's sun is learnt as a word and painted into a scene"),
     DemoGraph("paperland_text_to_image", "The demo model, Paperland, draws four scenes from one caption"),
     DemoGraph(
         "invert_and_reconstruct", "DDPM inversion of a scene, replayed with the same caption: the scene comes back"
@@ -93,6 +96,8 @@ def save(rows: Sequence[Row], output: Path) -> Path:
             _save_picture(picture, output / f"{graph.name}_{number}_{slug}.png")
     sheet = output / "sheet.png"
     save_sheet(rows, sheet, HEADING)
+    if simple := [row for graph, row in zip(GRAPHS, rows, strict=True) if graph.name.endswith("_simple")]:
+        save_sheet(simple, output / "methods.png")
     return sheet
 
 

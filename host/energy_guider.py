@@ -260,7 +260,7 @@ class _Step:
     def _add(self, gradient: Tensor, energies: dict[str, Tensor], frames: tuple[int, ...] | None) -> None:
         device = self.gradient.device
         every = torch.arange(len(self.gradient), device=device)
-        at = every if frames is None else torch.tensor(frames).to(device, non_blocking=True)
+        at = every if frames is None else torch.tensor(frames).to(device, non_blocking=device.type == "cuda")
         self.gradient.index_add_(0, at, gradient.to(self.gradient))
         self.windows.index_add_(0, at, torch.ones_like(at, dtype=self.windows.dtype))
         self.energies.append((energies, len(at)))

@@ -90,12 +90,12 @@ class References:
                     self.cache.put(stream.inversion, (self.keys[key], level, frames), features)
             else:
                 self.reused += 1
-                features = tuple(f.each(lambda t: t.to(x.device, non_blocking=True)) for f in features)
+                features = tuple(f.each(lambda t: t.to(x.device, non_blocking=x.is_cuda)) for f in features)
             found[key] = dict(zip(prompts, features, strict=True))
         return found
 
     def _rows(self, stream: Stream, level: float, x: Tensor, frames: Frames) -> Tensor:
-        latent = self._resident(stream, x).at(level).to(x, non_blocking=True)
+        latent = self._resident(stream, x).at(level).to(x, non_blocking=x.is_cuda)
         if len(latent) == 1 or frames is None:
             # A motion model takes the rows of a call for the frames of one clip: a still clip of the one picture.
             still = len(latent) == 1 and has_motion(self.guider)

@@ -82,10 +82,10 @@ class ScsaReferences:
         for i, picture in enumerate(self.pictures):
             kept = self._kept(i, level)
             if kept is not None:
-                entered.append(kept.each(lambda t: t.to(x.device, non_blocking=True)))
+                entered.append(kept.each(lambda t: t.to(x.device, non_blocking=x.is_cuda)))
                 continue
             comfy.model_management.throw_exception_if_processing_interrupted()
-            latent = picture.at(level).to(x, non_blocking=True)
+            latent = picture.at(level).to(x, non_blocking=x.is_cuda)
             if has_motion(self.guider):
                 # A motion model takes the rows of a call for the frames of one clip.
                 latent = latent.repeat(len(x) // len(latent), 1, 1, 1)

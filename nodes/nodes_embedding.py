@@ -126,7 +126,7 @@ class SpinEmbedding(io.ComfyNode):
                 io.Mask.Input(
                     "saliency",
                     optional=True,
-                    tooltip="Where the subject is (Saliency node, or any mask), of any size; grey counts in part. "
+                    tooltip="Where the subject is (Find Subject, or any mask), of any size; grey counts in part. "
                     "Without it the whole picture is learnt and its background leaks into the word.",
                 ),
                 io.String.Input(

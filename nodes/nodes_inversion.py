@@ -330,7 +330,7 @@ class InversionLatent(io.ComfyNode):
                     min=0,
                     max=10000,
                     tooltip="0 is the noisiest latent, where a replay starts; the number of steps is the clean "
-                    "picture. Use the same number as skip on the Replay node.",
+                    "picture. Use the same number as skip of Replay Inversion.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The latent at that step, noise included.")],

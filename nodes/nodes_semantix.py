@@ -403,7 +403,7 @@ class KSampler(io.ComfyNode):
         reports: list[GuidanceReport] = []
         guider = EnergyGuider(model, positive, negative, cfg, energy, **options, listen=reports.append)
         adains: tuple[StepAdaIN, ...] = ()
-        if adain_start < 1.0 and adain_strength > 0.0:
+        if adain_start != 1.0 and adain_strength != 0.0:
             parts = where.content, where.style
             adains = (StepAdaIN(reference, context.schedule_steps, adain_start, semantic_map, adain_strength, *parts),)
         sampler = ReplaySampler(context, skip, exact, allow_other_model, adains)

@@ -32,7 +32,8 @@ NO_MAP, AUTOMATIC = "none", "automatic"
 
 # What the sliders stand for at 1: the strongest that kept pictures whole on Paperland (docs/sliders.md).
 MOST_STYLE = 9.0
-SPATIAL, SEMANTIC, POSITION = 0.6, 2 / 3, 3.0
+# Published for images: position weight 3, with which things of the style showed through at their own positions.
+SPATIAL, SEMANTIC, POSITION = 0.6, 2 / 3, 1.0
 MOST_BLEND = 5.0
 SPIN_SCHEDULER = "ddim_uniform"
 TEMPLATE = "a photo of <it>"
@@ -186,7 +187,7 @@ class SemantixRestyle(io.ComfyNode):
                 ),
                 io.Mask.Input("style_mask", optional=True, tooltip="Only from here style is taken."),
                 SemanticMapSocket.Input(
-                    "semantic_map", optional=True, tooltip="Which regions belong together, from a Semantic Map node."
+                    "semantic_map", optional=True, tooltip="Which regions belong together, from a semantic map node."
                 ),
                 advanced(
                     io.Float.Input(
@@ -261,6 +262,7 @@ class SemantixRestyle(io.ComfyNode):
             latent=reference_picture.latent,
             cfg=1.0,
             seed=(seed + 1) % MAX_SEED,
+            noise_maps=False,
             **shared,
         ).out(0)
         maps = inner.given("semantic_map", semantic_map)
@@ -330,7 +332,7 @@ class SCSARestyle(io.ComfyNode):
                     "style_masks", optional=True, tooltip="One mask for each region of the style, in the same order."
                 ),
                 SemanticMapSocket.Input(
-                    "semantic_map", optional=True, tooltip="Which regions belong together, from a Semantic Map node."
+                    "semantic_map", optional=True, tooltip="Which regions belong together, from a semantic map node."
                 ),
                 side_input(),
             ],
@@ -632,6 +634,7 @@ class SpinPaint(io.ComfyNode):
                 scheduler=SPIN_SCHEDULER,
                 cfg=1.0,
                 seed=0,
+                noise_maps=False,
             ).out(0)
             energy = inner.add(
                 SpinStyleEnergy,

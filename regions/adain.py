@@ -83,7 +83,9 @@ def region_adain(
     c, s = _flat(content), _flat(style)
     b = len(content)
     found = torch.unique(content_labels) if present is None else present
-    regions, ours, theirs = (t.to(content.device, non_blocking=True) for t in (found, content_labels, style_labels))
+    regions, ours, theirs = (
+        t.to(content.device, non_blocking=content.is_cuda) for t in (found, content_labels, style_labels)
+    )
     inside_c = _membership(ours, regions, b, c.dtype)
     inside_s = _membership(theirs, regions, len(style), c.dtype)
     mean_all, var_all = _moments(s)
@@ -133,7 +135,7 @@ def adain_latents(
     Raises:
         ValueError: shapes that do not fit, or a strength outside 0..1.
     """
-    style = style.to(content.device, non_blocking=True)
+    style = style.to(content.device, non_blocking=content.is_cuda)
     if regions is None and content_mask is None and style_mask is None:
         return adain(content, style, strength=strength)
     if regions is None:

@@ -6,6 +6,7 @@ position code only steers the match.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -23,12 +24,35 @@ TIE = 16
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Positions by region: what a map says to matches on one pair of grids. Made once for many matches, because a host
+    waits for the device to find them.
+
+    Attributes:
+        content, style: of each map, row-major indices, rising, by label; those of the style are among `within`.
+    """
+
+    content: tuple[dict[int, Tensor], ...]
+    style: tuple[dict[int, Tensor], ...]
+
+    @classmethod
+    def of(cls, regions: SemanticMap, within: tuple[Tensor, ...] | None) -> "Places":
+        """From maps on the grids of the features, and see `find_matches`."""
+        chosen = within or (None,)
+        pairs = range(max(len(regions.style), len(chosen)))
+        return cls(
+            tuple(_places_by_region(labels, None) for labels in regions.content),
+            tuple(_places_by_region(_of(regions.style, b), _of(chosen, b)) for b in pairs),
+        )
+
+
 @torch.no_grad()
 def find_matches(
     out: Tensor,
     reference: Tensor,
     position_weight: float,
-    regions: SemanticMap | None = None,
+    regions: "SemanticMap | Places | None" = None,
     periods: tuple[float, ...] = DEFAULT_PERIODS,
     chunk_bytes: int = CHUNK_BYTES,
     within: tuple[Tensor, ...] | None = None,
@@ -44,7 +68,7 @@ def find_matches(
         position_weight: `lambda_pe`, 0 for none.
         regions: a position is matched within its own region; where the reference lacks it, with all positions (of
             `within`). Content maps belong to out, style maps to the reference, one for all images or one for each, at
-            any resolution.
+            any resolution; or `Places`, made for these grids and `within`, for many calls with one map.
         periods: wavelengths of the position code in image sides.
         chunk_bytes: bound of the largest temporary, as far as one row of cosines fits it.
         within: [n] rising indices of the reference's positions that may be matched, one vector for all images or one
@@ -61,8 +85,10 @@ def find_matches(
         raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
     p_out, p_ref = (_placed(f, position_weight, periods) for f in (out, reference))
     p_ref = p_ref.to(p_out)
+    if isinstance(regions, SemanticMap):
+        regions = Places.of(_on_grids(regions, out, reference), within)
     if regions is not None:
-        return _match_by_region(p_out, p_ref, _on_grids(regions, out, reference), within, chunk_bytes)
+        return _match_by_region(p_out, p_ref, regions, within, chunk_bytes)
     places = within or (None,)
     if len(p_ref) == len(places) == 1:
         return _nearest(p_out.flatten(0, 1), p_ref[0], places[0], chunk_bytes).unflatten(0, p_out.shape[:2])
@@ -102,15 +128,13 @@ def _nearest(queries: Tensor, keys: Tensor, places: Tensor | None, chunk_bytes: 
 
 
 def _match_by_region(
-    p_out: Tensor, p_ref: Tensor, regions: SemanticMap, within: tuple[Tensor, ...] | None, chunk_bytes: int
+    p_out: Tensor, p_ref: Tensor, places: Places, within: tuple[Tensor, ...] | None, chunk_bytes: int
 ) -> Tensor:
     matches = torch.empty(p_out.shape[:2], dtype=torch.int64, device=p_out.device)
     for b, queries in enumerate(p_out):
         anywhere = _of(within or (None,), b)
-        here = _places_by_region(_of(regions.content, b), None)
-        there = _places_by_region(_of(regions.style, b), anywhere)
-        for region, positions in here.items():
-            targets = there.get(region, anywhere)
+        for region, positions in _of(places.content, b).items():
+            targets = _of(places.style, b).get(region, anywhere)
             matches[b, positions] = _nearest(queries[positions], _of(p_ref, b), targets, chunk_bytes)
     return matches
 

@@ -47,7 +47,10 @@ def position_code(
     # Two lines of numbers, in float64 on the CPU, so that devices agree and none needs to have it.
     turns = 2 * math.pi / torch.tensor(periods, dtype=torch.float64)[:, None]
     y, x = (turns * (torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (h, w))
-    rows, columns = ((torch.stack([a.sin(), a.cos()], dim=1) / length).to(dtype).to(device) for a in (y, x))
+    cuda = str(device).startswith("cuda")  # others might copy what is gone by then
+    rows, columns = (
+        (torch.stack([a.sin(), a.cos()], dim=1) / length).to(dtype).to(device, non_blocking=cuda) for a in (y, x)
+    )
     wave = torch.cat([columns[:, :, None, :].expand(-1, -1, h, -1), rows[:, :, :, None].expand(-1, -1, -1, w)], dim=1)
     code = torch.zeros(channels, h, w, device=device, dtype=dtype)
     code[: repeats * 4 * len(periods)] = wave.flatten(0, 1).repeat(repeats, 1, 1)

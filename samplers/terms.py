@@ -16,7 +16,7 @@ from ..regions.semantic_map import SemanticMap
 from .energies import semantic_distance, spatial_feature_energy, style_feature_energy
 from .features import Features
 from .inversion import Inversion
-from .matching import find_matches
+from .matching import Places, find_matches
 
 Frames: TypeAlias = tuple[int, ...] | None
 Key: TypeAlias = tuple[int, int]
@@ -189,8 +189,8 @@ class StyleTerm(Term):
     def value(self, out: Features, other: Features, frames: Frames, resampled: Resampled) -> Tensor:
         energies = []
         for f, reference in zip(out.stages, other.stages, strict=True):
-            regions = self._regions(f, reference, frames, resampled)
             places = self._places(reference, frames, resampled)
+            regions = self._regions(f, reference, places, frames, resampled)
             matches = find_matches(f.detach(), reference, self.position_weight, regions, within=places)
             mask = self._mask(f, frames, resampled)
             energies.append(style_feature_energy(f, reference, matches, mask))
@@ -220,13 +220,16 @@ class StyleTerm(Term):
 
         return resampled.get((self, "style_mask", grid, reference.device, frames), make)
 
-    def _regions(self, f: Tensor, reference: Tensor, frames: Frames, resampled: Resampled) -> SemanticMap | None:
+    def _regions(
+        self, f: Tensor, reference: Tensor, within: tuple[Tensor, ...] | None, frames: Frames, resampled: Resampled
+    ) -> Places | None:
         regions = self.regions
         if regions is None:
             return None
         grids = (f.shape[2], f.shape[3]), (reference.shape[2], reference.shape[3])
         return resampled.get(
-            (self, grids, f.device, frames), lambda: _regions_of(regions, frames).at(*grids).to(f.device)
+            (self, grids, f.device, frames),
+            lambda: Places.of(_regions_of(regions, frames).at(*grids).to(f.device), within),
         )
 
 

@@ -41,7 +41,7 @@ def restyled(model, context, reference):
     """What the node Semantix Style Transfer Sampler does."""
     energy = make_energy(context, reference, Weights())
     guider = EnergyGuider(model, PROMPT, EMPTY, CFG, energy, cache=None)
-    return sample(guider, ReplaySampler(context, adain=StepAdaIN(reference, STEPS)))
+    return sample(guider, ReplaySampler(context, adains=(StepAdaIN(reference, STEPS),)))
 
 
 def test_a_reference_of_semantix_costs_no_call_of_its_own(model):
@@ -132,14 +132,19 @@ def noisy(seed, size=(16, 8)):
     return torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(seed)) / 0.18215
 
 
-def test_a_guided_step_does_not_wait_for_the_device(model, waits):
+@pytest.mark.parametrize("by_regions", [False, True])
+def test_a_guided_step_does_not_wait_for_the_device(model, waits, by_regions):
+    labels = torch.arange(16 * 8).reshape(1, 16, 8) // 40
+    maps = SemanticMap(labels, labels.flip(1)) if by_regions else None
+
     def run(steps):
         context, reference = (
-            invert_ddpm(InversionTask(model, prompt, EMPTY, noisy(seed), steps, "normal", CFG, 7), noise_maps=maps)
-            for seed, prompt, maps in ((1, PROMPT, True), (2, EMPTY, False))
+            invert_ddpm(InversionTask(model, prompt, EMPTY, noisy(seed), steps, "normal", CFG, 7), noise_maps=replayed)
+            for seed, prompt, replayed in ((1, PROMPT, True), (2, EMPTY, False))
         )
-        guider = EnergyGuider(model, PROMPT, EMPTY, CFG, make_energy(context, reference, Weights()), cache=None)
-        return lambda: sample(guider, ReplaySampler(context, adain=StepAdaIN(reference, steps, 0.0)))
+        energy = make_energy(context, reference, Weights(), semantic_map=maps)
+        guider = EnergyGuider(model, PROMPT, EMPTY, CFG, energy, cache=None)
+        return lambda: sample(guider, ReplaySampler(context, adains=(StepAdaIN(reference, steps, 0.0),)))
 
     assert for_a_step_more(waits, run) == {}
 
