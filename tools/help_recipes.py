@@ -66,9 +66,12 @@ def paperland_encode(bench: Bench) -> Sequence[Cell]:
     graph = but(demo("paperland_text_to_image"), _4={"batch_size": 1})
     caption = graph["2"]["inputs"]["caption"]
     cells = [("the caption of the graph", bench.image(graph, "6"))]
-    for old, new_phrase in (("green and lime striped", "red and yellow dotted"), ("cyan and cream", "pink and yellow")):
-        caption = caption.replace(old, new_phrase)
-        cells.append((f"with {new_phrase}", bench.image(but(graph, _2={"caption": caption}), "6")))
+    for phrase, other in (
+        ("green and lime striped hill", "red and yellow dotted hill"),
+        ("cyan and cream shaded sky", "pink and yellow shaded sky"),
+    ):
+        caption = caption.replace(phrase, other)
+        cells.append((f"with {other}", bench.image(but(graph, _2={"caption": caption}), "6")))
     return cells
 
 
@@ -448,9 +451,9 @@ def flicker(bench: Bench) -> Sequence[Cell]:
 @recipe("Saliency", 4)
 def saliency(bench: Bench) -> Sequence[Cell]:
     graph = demo("spin_insert")
-    graph = but(graph, _8={"pixels": ["3", 0]}, _10={"image": ["3", 0]}, _3={"layout_seed": 88, "style_seed": 29})
+    graph = but(graph, _8={"pixels": ["3", 0]}, _10={"image": ["3", 0]}, _3={"layout_seed": 148, "style_seed": 648})
     cells = [("picture", bench.image(graph, "3"))]
-    for word in ("sun", "tree", "house, roof"):
+    for word in ("sun", "house, roof", "tree"):
         cells.append((word, bench.image(but(graph, _10={"class_word": word}), "10", 1)))
     return cells
 
