@@ -55,7 +55,7 @@ def narrowed(image: Image.Image) -> Image.Image:
 # The demo model and its world
 
 
-@recipe("PaperlandModel", 4)
+@recipe("PaperlandModel", 2)
 def paperland_model(bench: Bench) -> Sequence[Cell]:
     pictures = bench.images(demo("paperland_text_to_image"), "6")
     return [(f"picture {i}", picture) for i, picture in enumerate(pictures, start=1)]
@@ -99,7 +99,7 @@ def paperland_scene(bench: Bench) -> Sequence[Cell]:
     ]
 
 
-@recipe("PaperlandClip", 4)
+@recipe("PaperlandClip", 2)
 def paperland_clip(bench: Bench) -> Sequence[Cell]:
     frames = bench.images(but(demo("semantix_video"), _2={"frames": 13}), "2")
     return [(f"frame {i + 1}", frames[i]) for i in (0, 4, 8, 12)]
@@ -136,7 +136,7 @@ def original_size(bench: Bench) -> Sequence[Cell]:
     return [sized("made", bench.image(graph, "fit")), sized("back", bench.image(graph, "back"))]
 
 
-@recipe("ListItem", 4)
+@recipe("ListItem", 2)
 def list_item(bench: Bench) -> Sequence[Cell]:
     graph = demo("semantix_two_references")
     graph["two"] = new("ImageBatch", image1=["2", 0], image2=["3", 0])
@@ -198,19 +198,19 @@ def ddpm_inversion(bench: Bench) -> Sequence[Cell]:
     ]
 
 
-@recipe("Replay", 4)
+@recipe("Replay", 2)
 def replay(bench: Bench) -> Sequence[Cell]:
     graph = edited(bench)
     swept = sweep(bench, graph, "7", "skip", (0, 6, 12), "10")
     return [("picture", bench.image(graph, "2")), *((f"edited, {label}", image) for label, image in swept)]
 
 
-@recipe("InversionLatent", 4)
+@recipe("InversionLatent", 2)
 def inversion_latent(bench: Bench) -> Sequence[Cell]:
     return path(bench, demo("invert_and_reconstruct"), "6", (0, 12, 16, STEPS))
 
 
-@recipe("InversionFromBatch", 4)
+@recipe("InversionFromBatch", 2)
 def inversion_from_batch(bench: Bench) -> Sequence[Cell]:
     graph = demo("scsa_colors")
     graph["at"] = new("SemanticStyleInversionLatent", inversion=["7", 0], step=14)
@@ -230,7 +230,7 @@ def from_file(bench: Bench) -> Graph:
     return but(graph, _7={"inversion": ["load", 0]})
 
 
-@recipe("SaveInversion", 4)
+@recipe("SaveInversion", 2)
 def save_inversion(bench: Bench) -> Sequence[Cell]:
     cells = path(bench, from_file(bench), "load", (STEPS, 16, 12, 0))
     return [(f"in the file: {label}", image) for label, image in cells]
@@ -259,7 +259,7 @@ def preview(bench: Bench, graph: Graph, node: str, opacity: float = 0.5) -> Imag
     return bench.image({**graph, "preview": view}, "preview")
 
 
-@recipe("AdaIN", 4)
+@recipe("AdaIN", 2)
 def adain(bench: Bench) -> Sequence[Cell]:
     graph = but(demo("adain_regions"), _9={"value": 11})
     return [
@@ -411,7 +411,7 @@ def replay_adain(bench: Bench) -> Sequence[Cell]:
     ]
 
 
-@recipe("EnergyGuider", 4)
+@recipe("EnergyGuider", 2)
 def energy_guider(bench: Bench) -> Sequence[Cell]:
     graph = but(one_energy(), _18={"style_weight": 9.0})
     plain = {**graph, "21": PLAIN_GUIDER}
@@ -448,7 +448,7 @@ def flicker(bench: Bench) -> Sequence[Cell]:
 # Spin
 
 
-@recipe("Saliency", 4)
+@recipe("Saliency", 2)
 def saliency(bench: Bench) -> Sequence[Cell]:
     graph = demo("spin_insert")
     graph = but(graph, _8={"pixels": ["3", 0]}, _10={"image": ["3", 0]}, _3={"layout_seed": 148, "style_seed": 648})

@@ -19,7 +19,7 @@ EXAMPLE = re.compile(r"^(?:\*\*)?Example(?:\*\*)?: (.*)$", re.MULTILINE)
 COST = re.compile(r"^(?:\* |\*\*)Cost\b|\bIt costs\b", re.MULTILINE)
 PICTURE_BYTES, ALL_BYTES = 60_000, 2_000_000
 # Pixels: readable labels, and the text below it in sight.
-NARROWEST, HIGHEST = 300, 900
+NARROWEST, HIGHEST = 250, 900
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
