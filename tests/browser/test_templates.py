@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from semantic_style.runner.convert import to_api
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
+HELP = ROOT / "web" / "docs"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 PACK = "semantic-style"
 HELP_MILLISECONDS = 15_000
+LOADED = "image => image.complete && image.naturalWidth > 0"
 FOLD = """(numbers) => {
     app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => numbers.includes(node.id))));
     return JSON.stringify(app.graph.serialize());
@@ -129,28 +132,38 @@ def test_the_dialog_of_templates_shows_and_opens_them(frontend) -> None:
     assert frontend.messages() == []
 
 
-def test_the_info_button_opens_the_nodes_help_page(frontend) -> None:
+@pytest.mark.parametrize("kind", ["SemanticStyleReplay", "SemanticStyleDDPMInversion", "SemanticStylePaperlandScene"])
+def test_the_info_button_opens_the_nodes_help_page_with_its_picture(frontend, kind: str) -> None:
     """The page's own heading, not the text that the frontend makes from the schema where there is no page."""
-    kind = "SemanticStyleReplay"
     frontend.load(ui_graph("invert_and_reconstruct"))
     frontend.select(kind)
     frontend.page.get_by_test_id("info-button").click()
     panel = frontend.page.locator(".node-help-content")
     panel.get_by_role("heading", name=heading(kind), exact=True).first.wait_for(timeout=HELP_MILLISECONDS)
+    picture = panel.get_by_role("img").first
+    picture.scroll_into_view_if_needed()
+    frontend.page.wait_for_function(LOADED, arg=picture.element_handle(), timeout=HELP_MILLISECONDS)
+    with Image.open(HELP / "pictures" / f"{kind}.webp") as file:
+        assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == list(file.size)
+    assert picture.bounding_box()["width"] <= panel.bounding_box()["width"]
+    frontend.page.keyboard.press("Escape")
 
 
 def heading(kind: str) -> str:
-    source = (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8")
+    source = (HELP / f"{kind}.md").read_text(encoding="utf-8")
     return next(line.lstrip("# ") for line in source.splitlines() if line.startswith("#"))
 
 
-def test_every_node_of_the_templates_has_a_help_page(address: str) -> None:
+def test_every_node_of_the_templates_has_a_help_page_with_a_picture(address: str) -> None:
     types = {node["type"] for name in NAMES for node in ui_graph(name)["nodes"]}
     kinds = sorted(kind for kind in types if kind.startswith("SemanticStyle"))
     assert kinds
     for kind in kinds:
         _, page = get(address, f"/extensions/{PACK}/docs/{kind}.md")
         assert heading(kind) in page.decode()
+        kind_of_file, picture = get(address, f"/extensions/{PACK}/docs/pictures/{kind}.webp")
+        assert kind_of_file == "image/webp"
+        assert picture == (HELP / "pictures" / f"{kind}.webp").read_bytes()
 
 
 def assert_converted_as_the_frontend_does(frontend, address: str, graph: dict[str, Any]) -> None:
