@@ -5,7 +5,11 @@ from typing import Any
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder, Node, is_link
 
-from .nodes_picture import ListItem
+from ..host.fingerprint import NoFingerprintError, fingerprint
+from ..host.kept_results import recall
+from .nodes_picture import KeepResult, ListItem
+
+SLOTS = ("a", "b", "c")
 
 
 class Expansion:
@@ -18,16 +22,20 @@ class Expansion:
 
     def __init__(self, hidden: Any) -> None:
         self.graph = GraphBuilder()
-        self._given = hidden.dynprompt.get_node(hidden.unique_id)["inputs"]
+        self._inputs = hidden.dynprompt.get_node(hidden.unique_id)["inputs"]
         # The host puts the number of the call into the names of the nodes.
         self._call = int(self.graph.prefix.rstrip(".").rsplit(".", 2)[1])
+        # What an inner node gives, told by all that it comes from.
+        self._origin: dict[str, Any] = {}
 
     def given(self, name: str, value: Any) -> Any:
         """The node's input `name` for inner nodes, or its value where another expansion gave that; None without any."""
-        link = self._given.get(name)
+        link = self._inputs.get(name)
         if value is None or not is_link(link):
             return value
-        return self.add(ListItem, f"the {name}", items=link, index=self._call).out(0)
+        item = self.graph.node(ListItem.define_schema().node_id, f"the {name}", items=link, index=self._call)
+        self._origin[item.id] = value
+        return item.out(0)
 
     def add(self, node: type[io.ComfyNode] | str, name: str, /, **inputs: Any) -> Node:
         """An inner node; ours have the defaults that users see for what is not given, and None is not connected.
@@ -42,8 +50,34 @@ class Expansion:
             shown = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
             node = schema.node_id
         wired = {key: value for key, value in {**shown, **inputs}.items() if value is not None}
-        return self.graph.node(node, name, **wired)
+        made = self.graph.node(node, name, **wired)
+        self._origin[made.id] = [node, {key: self._told(value) for key, value in wired.items()}]
+        return made
+
+    def keeping(self, made: Node, model: Any, link: Any, outputs: int = 1) -> Node:
+        """A node whose first outputs are those of `made`, which goes where they are known from an earlier run.
+
+        Args:
+            made: the last node that was added.
+            model: MODEL that it was made with, and `link` to it.
+        """
+        try:
+            key = fingerprint(self._origin[made.id])
+        except NoFingerprintError:
+            return made
+        name, slots = made.id.removeprefix(self.graph.prefix), {}
+        if recall(model, key) is None:
+            slots = {slot: made.out(i) for i, slot in enumerate(SLOTS[:outputs])}
+        else:
+            # Not only unused: a node that shows something would run whether its outputs are used or not.
+            self.graph.remove_node(name)
+        kept = self.add(KeepResult, f"keep: {name}", model=link, key=key, **slots)
+        self._origin[kept.id] = self._origin[made.id]
+        return kept
 
     def output(self, *results: Any) -> io.NodeOutput:
         """What the node gives: links to inner nodes' outputs, or values."""
         return io.NodeOutput(*results, expand=self.graph.finalize())
+
+    def _told(self, value: Any) -> Any:
+        return ["link", self._origin[value[0]], value[1]] if is_link(value) else value

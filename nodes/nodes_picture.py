@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..host.kept_results import keep, recall
 from ..host.picture_size import as_rgb, fitted_size, resized, size_multiple, trained_side
 from ..regions.masks import as_mask, mask_on_grid
 from .schema import advanced, schema
@@ -104,4 +105,35 @@ class ListItem(io.ComfyNode):
         return io.NodeOutput(items[min(index[0], len(items) - 1)])
 
 
-NODES: list[type[io.ComfyNode]] = [FitPicture, OriginalSize, ListItem]
+class KeepResult(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def slot(name: str) -> Any:
+            return io.AnyType.Input(name, optional=True, tooltip="A result; not needed where it is kept already.")
+
+        return schema(
+            node_id="SemanticStyleKeepResult",
+            display_name="Keep Result (Semantic Style)",
+            category=CATEGORY,
+            description="Keeps what took long to make for as long as the model is in use; gives it again without the "
+            "nodes that made it. The simple nodes use it inside.",
+            search_aliases=["cache", "memoize"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that it was made with: freed with it."),
+                io.String.Input("key", default="", tooltip="What stands for all that the results depend on."),
+                *map(slot, "abc"),
+            ],
+            outputs=[io.AnyType.Output(f"out_{name}", display_name=name, tooltip="That result.") for name in "abc"],
+        )
+
+    @classmethod
+    def execute(cls, model, key: str, a=None, b=None, c=None) -> io.NodeOutput:
+        if a is not None:
+            keep(model, key, (a, b, c))
+        kept = recall(model, key)
+        if kept is None:
+            raise ValueError(f"nothing is kept under {key!r} with this model: connect what is to be kept to a")
+        return io.NodeOutput(*kept)
+
+
+NODES: list[type[io.ComfyNode]] = [FitPicture, OriginalSize, ListItem, KeepResult]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import Node
 
 from ..files.embedding_file import check_name
 from ..host.model_sampling import check_unet
@@ -105,7 +106,7 @@ class _Inner(Expansion):
 
     def __init__(self, hidden: Any, model: Any, clip: Any, vae: Any, side: int) -> None:
         super().__init__(hidden)
-        self.side = side
+        self.side, self.patcher = side, model
         self.model, self.clip, self.vae = (
             self.given(name, value) for name, value in (("model", model), ("clip", clip), ("vae", vae))
         )
@@ -125,6 +126,10 @@ class _Inner(Expansion):
         )
         latent = self.add("VAEEncode", f"encode {name}", pixels=fitted.out(0), vae=self.vae).out(0)
         return _Picture(fitted.out(0), latent, None if mask is None else fitted.out(1), fitted.out(2))
+
+    def kept(self, node: type[io.ComfyNode], name: str, outputs: int = 1, /, **inputs: Any) -> Node:
+        """A node that takes long; its first outputs are kept."""
+        return self.keeping(self.add(node, name, **inputs), self.patcher, self.model, outputs)
 
     def sampled(self, noise: Any, guider: Any, sampler: Any, sigmas: Any, latent: Any) -> Any:
         return self.add(
@@ -246,7 +251,7 @@ class SemantixRestyle(io.ComfyNode):
         context_picture = inner.picture("content", content, "content_mask", content_mask)
         reference_picture = inner.picture("style_image", style_image, "style_mask", style_mask)
         shared: dict[str, Any] = {"model": inner.model, "negative": empty, "steps": steps}
-        context = inner.add(
+        context = inner.kept(
             DDPMInversion,
             "invert the content",
             positive=words,
@@ -255,7 +260,7 @@ class SemantixRestyle(io.ComfyNode):
             seed=seed,
             **shared,
         ).out(0)
-        reference = inner.add(
+        reference = inner.kept(
             DDPMInversion,
             "invert the style",
             positive=empty,
@@ -267,7 +272,7 @@ class SemantixRestyle(io.ComfyNode):
         ).out(0)
         maps = inner.given("semantic_map", semantic_map)
         if maps is None and regions == AUTOMATIC:
-            maps = inner.add(
+            maps = inner.kept(
                 AutoMap, "find regions", model=inner.model, content=context, style=reference, prompt=empty, seed=seed
             ).out(0)
         restyled = inner.add(
@@ -374,7 +379,7 @@ class SCSARestyle(io.ComfyNode):
         empty = inner.prompt("no prompt", "")
         picture, other = inner.picture("content", content), inner.picture("style_image", style_image)
         inverted = {
-            name: inner.add(
+            name: inner.kept(
                 DDIMInversion,
                 f"invert the {name}",
                 model=inner.model,
@@ -393,17 +398,17 @@ class SCSARestyle(io.ComfyNode):
                 side: inner.given(f"{side}_colors", given)
                 for side, given in (("content", content_colors), ("style", style_colors))
             }
-            found = inner.add(MapFromColors, "regions from colors", **colors)
+            found = inner.kept(MapFromColors, "regions from colors", 2, **colors)
             maps, report = found.out(0), found.out(1)
         elif content_masks is not None:
             masks = {
                 side: inner.given(f"{side}_masks", given)
                 for side, given in (("content", content_masks), ("style", style_masks))
             }
-            found = inner.add(MapFromMasks, "regions from masks", **masks)
+            found = inner.kept(MapFromMasks, "regions from masks", 2, **masks)
             maps, report = found.out(0), found.out(1)
         else:
-            found = inner.add(AutoMap, "find regions", model=inner.model, **inverted, prompt=empty, seed=seed)
+            found = inner.kept(AutoMap, "find regions", 2, model=inner.model, **inverted, prompt=empty, seed=seed)
             maps, report = found.out(0), found.out(1)
         preview = inner.add(
             PreviewMap, "preview", semantic_map=maps, content=picture.fitted, style=other.fitted, opacity=0.5
@@ -580,9 +585,10 @@ class SpinPaint(io.ComfyNode):
         shown = inner.picture("reference", reference, "reference_mask", reference_mask)
         where_shown, report = shown.mask, "The reference's mask was given."
         if where_shown is None:
-            found = inner.add(
+            found = inner.kept(
                 FindSubject,
                 "find the subject",
+                3,
                 model=inner.model,
                 latent=shown.latent,
                 prompt=empty,
@@ -591,9 +597,10 @@ class SpinPaint(io.ComfyNode):
                 class_word=class_word,
             )
             where_shown, report = found.out(0), found.out(2)
-        learnt = inner.add(
+        learnt = inner.kept(
             SpinEmbedding,
             "learn the subject",
+            3,
             model=inner.model,
             clip=inner.clip,
             class_word=class_word,
@@ -623,7 +630,7 @@ class SpinPaint(io.ComfyNode):
         if blend == 0.0:
             guider = inner.add("CFGGuider", "guider", **prompts).out(0)
         else:
-            inverted = inner.add(
+            inverted = inner.kept(
                 DDPMInversion,
                 "invert the background",
                 model=inner.model,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Graph = dict[str, dict[str, Any]]
 
 STEPPING_WEIGHT = 30.0
+INNER = 0.3
 # Inputs by which nodes are known that run the model step by step, which takes nearly all the time.
 STEPPING_INPUTS = ({"steps"}, {"sampler"}, {"context", "cfg"})
 # Of exceptions in ComfyUI's words, in PyTorch's for every kind of device, and in those of its CPU allocator.
@@ -60,14 +61,27 @@ def node_title(graph: Graph, node_id: str) -> str:
     return node.get("_meta", {}).get("title") or node.get("class_type", node_id)
 
 
-def progress_of(graph: Graph, done: Collection[str], running: str | None, value: int = 0, maximum: int = 0) -> Progress:
-    """The progress of a run whose nodes `done` are ready and which is at a step of the node `running`, if any."""
+def progress_of(
+    graph: Graph,
+    done: Collection[str],
+    running: str | None,
+    value: int = 0,
+    maximum: int = 0,
+    behind: int | None = None,
+) -> Progress:
+    """The progress of a run whose nodes `done` are ready and which is at a step of the node `running`, if any.
+
+    Of a node that was expanded nobody knows how much is to come: each inner node with steps is taken for a part `INNER`
+    of what is left, and `behind` of them are done.
+    """
     total = sum(map(_weight, graph.values()))
     ready = sum(_weight(node) for node_id, node in graph.items() if node_id in done)
     if running is None or running not in graph:
         return Progress(ready / total)
-    if maximum and running not in done:
-        ready += _weight(graph[running]) * min(value / maximum, 1.0)
+    if running not in done:
+        step = min(value / maximum, 1.0) if maximum else 0.0
+        share = step if behind is None else 1.0 - (1.0 - INNER) ** behind * (1.0 - INNER * step)
+        ready += _weight(graph[running]) * share
     return Progress(ready / total, node_title(graph, running), value, maximum)
 
 
@@ -98,6 +112,10 @@ class Tracker:
         self.report = report
         self.done: set[str] = set()
         self.running: str | None = None
+        # Of a node that was expanded: the inner nodes with steps that are behind, and whether one is running.
+        self._behind: int | None = None
+        self._stepped = False
+        self._most = 0.0
 
     def take(self, kind: str, data: dict[str, Any]) -> bool:
         """Whether the message says that the run is over; raises if it ended badly."""
@@ -107,17 +125,26 @@ class Tracker:
         elif kind in ("executing", "execution_success"):
             # A node that was expanded runs as long as what it became.
             running = data.get("display_node") or data.get("node")
-            if self.running is not None and running != self.running:
-                self.done.add(self.running)
-            self.running = running
+            inside = running is not None and running != data.get("node")
+            if running != self.running:
+                self._behind = None
+                if self.running is not None:
+                    self.done.add(self.running)
+            elif inside:
+                self._behind = (self._behind or 0) + self._stepped
+            self.running, self._stepped = running, False
             self._tell()
             return self.running is None
         elif kind == "progress":
+            self._stepped = True
             self._tell(int(data["value"]), int(data["max"]))
         return False
 
     def _tell(self, value: int = 0, maximum: int = 0) -> None:
-        self.report(progress_of(self.graph, self.done, self.running, value, maximum))
+        told = progress_of(self.graph, self.done, self.running, value, maximum, self._behind)
+        # A node that steps through several things begins anew with each.
+        self._most = max(self._most, told.fraction)
+        self.report(replace(told, fraction=self._most))
 
 
 def raise_failure(messages: list[tuple[str, dict[str, Any]]]) -> None:

@@ -42,7 +42,7 @@ NODE_IDS = {
     "SemanticStyleSpinEmbedding",
     *("SemanticStyleApplySpin", "SemanticStyleKeepBackground", "SemanticStyleSpinStyleEnergy"),
     *("SemanticStyleSemantixRestyle", "SemanticStyleSCSARestyle", "SemanticStyleSpinPaint"),
-    *("SemanticStyleFitPicture", "SemanticStyleOriginalSize", "SemanticStyleListItem"),
+    *("SemanticStyleFitPicture", "SemanticStyleOriginalSize", "SemanticStyleListItem", "SemanticStyleKeepResult"),
 }
 
 
@@ -81,6 +81,7 @@ PASSED = {
     ("SemanticStyleFitPicture", "original"): "image",
     ("SemanticStyleOriginalSize", "image"): "image",
     ("SemanticStyleListItem", "item"): "items",
+    **{("SemanticStyleKeepResult", out): given for out, given in zip("abc", "aab", strict=True)},
     ("SemanticStyleSemantixRestyle", "image"): "content",
     ("SemanticStyleSemantixRestyle", "plot"): "content",
     ("SemanticStyleSCSARestyle", "image"): "content",

@@ -99,7 +99,7 @@ def test_a_slider_runs_the_sampler_only(
     ran.clear()
     after = the_result(comfy_client, graph)
     assert runs <= inner(ran)
-    assert not stays & inner(ran)
+    assert stays.isdisjoint(inner(ran))
     assert not np.array_equal(before, after)
     graph[simple_node(graph)]["inputs"] |= {key: load(name)[simple_node(graph)]["inputs"][key] for key in slider}
     assert np.array_equal(the_result(comfy_client, graph), before)
@@ -115,12 +115,14 @@ def test_0_is_the_untouched_content(comfy_client: Client, ran: list[str], name: 
     assert not inner(ran)
 
 
-def test_a_picture_of_any_size_comes_back_at_its_size(comfy_client: Client) -> None:
+def test_a_picture_of_any_size_and_with_alpha_comes_back_at_its_size(comfy_client: Client) -> None:
     graph = short("scsa_simple")
     inputs = graph[simple_node(graph)]["inputs"]
     inputs["content"] = add(
         graph, "ImageScale", image=["2", 0], upscale_method="lanczos", width=150, height=94, crop="disabled"
     )
+    half = add(graph, "SolidMask", value=0.5, width=150, height=94)
+    inputs["content"] = add(graph, "JoinImageWithAlpha", image=inputs["content"], alpha=half)
     inputs["style_image"] = add(
         graph, "ImageScale", image=["3", 0], upscale_method="lanczos", width=60, height=200, crop="disabled"
     )

@@ -108,12 +108,17 @@ def test_messages_become_progress() -> None:
 def test_a_node_that_expands_runs_as_long_as_what_it_became() -> None:
     seen: list[Progress] = []
     tracker = Tracker(GRAPH, seen.append)
-    for inner in ("1", "1.0.0.sample", "1.0.0.decode"):
+    tracker.take("executing", {"node": "1", "display_node": "1"})
+    for inner in ("1.0.0.invert", "1.0.0.encode", "1.0.0.sample"):
         tracker.take("executing", {"node": inner, "display_node": "1"})
-    tracker.take("progress", {"value": 3, "max": 6, "node": "1.0.0.decode"})
-    assert [(p.title, p.fraction) for p in seen] == [("A", 0.0)] * 3 + [("A", 0.25)]
+        if inner != "1.0.0.encode":
+            tracker.take("progress", {"value": 3, "max": 6})
+            tracker.take("progress", {"value": 6, "max": 6})
     tracker.take("executing", {"node": "2", "display_node": "2"})
-    assert (seen[-1].title, seen[-1].fraction) == ("Bee", 0.5)
+    fractions = [p.fraction for p in seen]
+    assert fractions == sorted(fractions)
+    assert fractions == pytest.approx([0, 0, 0.075, 0.15, 0.15, 0.15, 0.2025, 0.255, 0.5])
+    assert [p.title for p in seen] == ["A"] * 8 + ["Bee"]
 
 
 def test_outputs_of_inner_nodes_come_under_the_node_that_is_seen() -> None:
