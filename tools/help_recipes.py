@@ -147,6 +147,17 @@ def list_item(bench: Bench) -> Sequence[Cell]:
     return [*listed, ("index 1", bench.image(graph, "item"))]
 
 
+@recipe("KeepResult", 2)
+def keep_result(bench: Bench) -> Sequence[Cell]:
+    graph = demo("invert_and_reconstruct")
+    graph["keep"] = new("SemanticStyleKeepResult", model=["1", 0], key="replayed", a=["10", 0])
+    made = bench.image(graph, "keep")
+    return [
+        ("made, and kept", made),
+        ("given again, nothing connected", bench.image(but(graph, _keep={"a": None}), "keep")),
+    ]
+
+
 # Inversions
 
 
