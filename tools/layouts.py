@@ -40,7 +40,7 @@ LAYOUTS = {
         "Turn **pattern**: 0 takes over colours, 1 patterns. Disconnect both colour pictures and the model "
         "finds regions "
         "by itself.",
-        groups={"Pictures": [[1], [2, 3]], "Restyle by regions": [[4]], "Results": [[5, 6], [7]]},
+        groups={"Pictures": [[1], [2, 3]], "Restyle by regions": [[7]], "Results": [[4, 5], [6]]},
         thumbnail=("Content", "Style", "Restyled"),
     ),
     "spin_simple": Layout(
@@ -48,7 +48,7 @@ LAYOUTS = {
         note="The reference's sun is learnt as a word, once, and painted into the mask of a landscape that has "
         "none.\n\n"
         "Turn **blend** for more of the background's colours, **seed** for another picture, **variants** for several.",
-        groups={"Pictures": [[1], [2, 3, 4]], "Paint": [[5]], "Results": [[6, 7], [8]]},
+        groups={"Pictures": [[1], [2, 3, 4]], "Paint": [[8]], "Results": [[5, 6], [7]]},
         thumbnail=("Reference", "Background", "Painted"),
     ),
     **{
