@@ -262,8 +262,14 @@ def test_the_inversions_start_is_taken_however_it_comes(model, skip):
     noise, sampler, sigmas, own = Replay.execute(inversion, skip, True).args
     start = InversionLatent.execute(inversion, skip).args[0]
     out = SamplerCustom().sample(model, False, 0, CFG, POSITIVE, NEGATIVE, sampler, sigmas, start)[0]["samples"]
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-4)
     (guider,) = CFGGuider().get_guider(model, POSITIVE, NEGATIVE, CFG)
+    # What a last bit of the start comes to, on this processor.
+    nudged = {"samples": torch.nextafter(start["samples"], torch.tensor(torch.inf))}
+    noise_2, sampler_2, sigmas_2, own_2 = Replay.execute(inversion, skip, True, nudged).args
+    other = SamplerCustomAdvanced().sample(noise_2, guider, sampler_2, sigmas_2, own_2)[0]["samples"]
+    worst = max(1e-4, 4 * float((other - expected).abs().max()))
+    assert worst < 1e-3
+    torch.testing.assert_close(out, expected, rtol=0, atol=worst)
     for dtype, worst in ((torch.float16, 0.01), (torch.bfloat16, 0.1)):
         rounded = {"samples": own["samples"].to(dtype)}
         out = SamplerCustomAdvanced().sample(noise, guider, sampler, sigmas, rounded)[0]["samples"]

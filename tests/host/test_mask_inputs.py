@@ -1,6 +1,7 @@
 """Every node's mask input takes masks in every shape that nodes give them in."""
 
 import asyncio
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
@@ -13,6 +14,7 @@ from semantic_style.nodes.nodes_adain import ReplayAdaIN
 from semantic_style.nodes.nodes_embedding import SpinEmbedding
 from semantic_style.nodes.nodes_inversion import DDPMInversion, Replay
 from semantic_style.nodes.nodes_maps import MapFromMasks
+from semantic_style.nodes.nodes_picture import FitPicture
 from semantic_style.nodes.nodes_semantix import AS_SET, KSampler, SemantixEnergy
 from semantic_style.nodes.nodes_spin import ApplySpin, KeepBackground, SpinStyleEnergy
 
@@ -107,6 +109,11 @@ def pasted(mask, model, inversion):
     return KeepBackground.execute(torch.ones(1, 64, 64, 3), torch.zeros(1, 64, 64, 3), mask, 2).result[0]
 
 
+def fitted(mask, model, inversion):
+    vae = SimpleNamespace(spacial_compression_encode=lambda: 8)
+    return FitPicture.execute(torch.zeros(1, 64, 64, 3), model, vae, mask, 64).result[1]
+
+
 INPUTS = {
     ("SemanticStyleSpinEmbedding", "saliency"): embedding,
     ("SemanticStyleMapFromMasks", "content"): from_masks,
@@ -121,6 +128,16 @@ INPUTS = {
     ("SemanticStyleApplySpin", "mask"): spun,
     ("SemanticStyleSpinStyleEnergy", "mask"): energy,
     ("SemanticStyleKeepBackground", "mask"): pasted,
+    ("SemanticStyleFitPicture", "mask"): fitted,
+}
+# These nodes hand their masks to Fit Picture, Keep Background and Map from Masks.
+SIMPLE = {
+    ("SemanticStyleSemantixRestyle", "content_mask"),
+    ("SemanticStyleSemantixRestyle", "style_mask"),
+    ("SemanticStyleSCSARestyle", "content_masks"),
+    ("SemanticStyleSCSARestyle", "style_masks"),
+    ("SemanticStyleSpinPaint", "mask"),
+    ("SemanticStyleSpinPaint", "reference_mask"),
 }
 
 
@@ -128,7 +145,7 @@ def test_these_are_all_mask_inputs():
     every = asyncio.run(SemanticStyleExtension().get_node_list())
     schemas = [node.define_schema() for node in every]
     found = {(s.node_id, i.id) for s in schemas for i in s.inputs if isinstance(i, io.Mask.Input)}
-    assert found == set(INPUTS)
+    assert found == set(INPUTS) | SIMPLE
 
 
 @pytest.mark.parametrize("use", INPUTS.values(), ids=lambda use: use.__name__)
