@@ -5,7 +5,7 @@ has done its first node. What takes long to make is kept here, so that turning a
 """
 
 from collections import OrderedDict
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,28 +16,49 @@ from .reference_cache import usable_ram
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-MOST, FEWEST, RAM_SHARE = 32, 8, 0.125
+MOST, RAM_SHARE = 32, 0.125
+
+
+@dataclass
+class _Entry:
+    values: tuple
+    promised: bool = False
+
+
 # By the MODEL that they were made with: what frees that (another checkpoint, the host's "free memory") frees them.
-_KEPT: WeakKeyDictionary[Any, OrderedDict[str, tuple]] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[Any, OrderedDict[str, _Entry]] = WeakKeyDictionary()
 
 
-def recall(model: "ModelPatcher", key: str) -> tuple | None:
-    """What was kept under the key, None without any."""
+def promise(model: "ModelPatcher", key: str) -> bool:
+    """Whether something is kept under the key. It then stays until it is taken: a graph without what makes it is built
+    before it runs, and other parts of that graph keep more in between.
+    """
+    entry = _KEPT.get(model, OrderedDict()).get(key)
+    if entry is not None:
+        entry.promised = True
+    return entry is not None
+
+
+def take(model: "ModelPatcher", key: str) -> tuple | None:
+    """What is kept under the key, None without any; it stays kept, but is promised no longer."""
     entries = _KEPT.get(model, OrderedDict())
-    if key in entries:
-        entries.move_to_end(key)
-    return entries.get(key)
+    if key not in entries:
+        return None
+    entries.move_to_end(key)
+    entries[key].promised = False
+    return entries[key].values
 
 
 def keep(model: "ModelPatcher", key: str, values: tuple) -> None:
-    """Keep values, which must not hold the model; what nobody asked for longest makes room. The last few stay whatever
-    they weigh: a run that counts on them is under way.
-    """
+    """Keep values, which must not hold the model. What nobody asked for longest makes room, but nothing promised."""
     entries = _KEPT.setdefault(model, OrderedDict())
-    entries[key] = values
-    limit = int(RAM_SHARE * usable_ram())
-    while len(entries) > MOST or (len(entries) > FEWEST and sum(map(bytes_of, entries.values())) > limit):
-        entries.popitem(last=False)
+    entries.pop(key, None)
+    entries[key] = _Entry(values)
+    left, weight = len(entries), sum(bytes_of(entry.values) for entry in entries.values())
+    for old in [old for old, entry in entries.items() if not entry.promised]:
+        if left <= MOST and weight <= RAM_SHARE * usable_ram():
+            break
+        left, weight = left - 1, weight - bytes_of(entries.pop(old).values)
 
 
 def bytes_of(value: Any) -> int:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder, Node, is_link
 
 from ..host.fingerprint import NoFingerprintError, fingerprint
-from ..host.kept_results import recall
+from ..host.kept_results import promise
 from .nodes_picture import KeepResult, ListItem
 
 SLOTS = ("a", "b", "c")
@@ -66,11 +66,11 @@ class Expansion:
         except NoFingerprintError:
             return made
         name, slots = made.id.removeprefix(self.graph.prefix), {}
-        if recall(model, key) is None:
-            slots = {slot: made.out(i) for i, slot in enumerate(SLOTS[:outputs])}
-        else:
+        if promise(model, key):
             # Not only unused: a node that shows something would run whether its outputs are used or not.
             self.graph.remove_node(name)
+        else:
+            slots = {slot: made.out(i) for i, slot in enumerate(SLOTS[:outputs])}
         kept = self.add(KeepResult, f"keep: {name}", model=link, key=key, **slots)
         self._origin[kept.id] = self._origin[made.id]
         return kept

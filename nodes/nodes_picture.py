@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..host.kept_results import keep, recall
+from ..host.kept_results import keep, take
 from ..host.picture_size import as_rgb, fitted_size, resized, size_multiple, trained_side
 from ..regions.masks import as_mask, mask_on_grid
 from .schema import advanced, schema
@@ -130,7 +130,8 @@ class KeepResult(io.ComfyNode):
     def execute(cls, model, key: str, a=None, b=None, c=None) -> io.NodeOutput:
         if a is not None:
             keep(model, key, (a, b, c))
-        kept = recall(model, key)
+            return io.NodeOutput(a, b, c)
+        kept = take(model, key)
         if kept is None:
             raise ValueError(f"nothing is kept under {key!r} with this model: connect what is to be kept to a")
         return io.NodeOutput(*kept)
