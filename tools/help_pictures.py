@@ -20,7 +20,7 @@ from run import ROOT, load_pack
 
 FOLDER = ROOT / "web" / "docs" / "pictures"
 PICTURE_BYTES = 40_000
-QUALITIES = range(80, 40, -5)
+QUALITIES = range(65, 40, -5)
 PAPER, INK = (250, 247, 240), (40, 36, 32)
 GAP, LABEL, LINE = 6, 12, 15
 # Nodes whose results ComfyUI keeps: graphs that share an inversion make it once.

@@ -66,8 +66,8 @@ MODELS = {
     },
 }
 
-THUMBNAIL = 400
-THUMBNAIL_BYTES = 60_000
+THUMBNAIL = 320
+THUMBNAIL_BYTES = 30_000
 PAPER = (250, 247, 240)
 EDGE = 8
 # Of the side, for two and for three pictures that overlap.
@@ -218,7 +218,7 @@ def detail(view: Image.Image) -> Image.Image:
 
 
 def save_thumbnail(picture: Image.Image, path: Path) -> None:
-    for quality in range(90, 20, -5):
+    for quality in range(75, 20, -5):
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=quality, optimize=True)
         if buffer.tell() <= THUMBNAIL_BYTES:

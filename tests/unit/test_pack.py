@@ -87,7 +87,7 @@ def test_the_archive_holds_what_users_need_and_nothing_else(root: Path) -> None:
     }
     assert {name for name in shipped if name.startswith("tools/")} == {"tools/run.py"}
     assert not {name for name in shipped if Path(name).stem in ("train", "evaluate")}
-    assert sum((root / name).stat().st_size for name in shipped) < 26e6
+    assert sum((root / name).stat().st_size for name in shipped) < 24e6
 
 
 def test_registry_metadata_is_complete(root: Path, pyproject: dict) -> None:
