@@ -1,4 +1,4 @@
-"""A word as the prompt that a subject is found by: the host's conditioning of it and the places of its tokens."""
+"""A word as the prompt that a subject is found by: the host's conditioning of it and the positions of its tokens."""
 
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ def empty_prompt(clip: "comfy.sd.CLIP") -> list:
 
 
 def word_prompt(clip: "comfy.sd.CLIP", text: str) -> tuple[list, tuple[int, ...]]:
-    """The CONDITIONING of a word or a few, and the places of their tokens in it, without start, end and padding.
+    """The CONDITIONING of a word or a few, and the positions of their tokens in it, without start, end and padding.
 
     Raises:
         ValueError: a text that has no token or more than fit a prompt; a CLIP with another kind of text encoder.
@@ -38,7 +38,7 @@ def _tokens(clip: "comfy.sd.CLIP", text: str) -> tuple[int, ...]:
         if len(chunks) > 1:
             raise ValueError(f"class_word is longer than a prompt ({text[:40]!r}...): name the subject in a few words")
         # The host numbers the words from 1; start, end and padding have 0.
-        found |= {place for place, (*_, word) in enumerate(chunks[0]) if word}
+        found |= {position for position, (*_, word) in enumerate(chunks[0]) if word}
     if not found:
         raise ValueError(f"class_word {text!r} has no token: name the subject in a word or a few (house, red vase)")
     return tuple(sorted(found))

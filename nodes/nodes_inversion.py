@@ -56,7 +56,7 @@ def _shared_inputs(steps: int, scheduler: str, cfg: float) -> list[Any]:
     ]
 
 
-def _seed_input(tooltip: str) -> Any:
+def seed_input(tooltip: str) -> Any:
     # Without the control that draws a new seed after every run: it would invert anew each time.
     return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=False, tooltip=tooltip)
 
@@ -109,7 +109,7 @@ class DDPMInversion(io.ComfyNode):
             search_aliases=["edit friendly", "invert", "noise maps", "semantix"],
             inputs=[
                 *_shared_inputs(steps=60, scheduler="normal", cfg=3.5),
-                _seed_input("Seed of the noise that the picture is inverted to. Another seed gives other edits."),
+                seed_input("Seed of the noise that the picture is inverted to. Another seed gives other edits."),
                 advanced(
                     io.Int.Input(
                         "batch_steps",
@@ -172,7 +172,7 @@ class DDIMInversion(io.ComfyNode):
             search_aliases=["invert", "unsample", "scsa", "styleid"],
             inputs=[
                 *_shared_inputs(steps=50, scheduler="ddim_uniform", cfg=1.0),
-                _seed_input("DDIM draws no noise; only models whose conditioning draws some (unCLIP) look at this."),
+                seed_input("DDIM draws no noise; only models whose conditioning draws some (unCLIP) look at this."),
                 advanced(
                     io.Int.Input(
                         "refine",

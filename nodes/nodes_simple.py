@@ -17,7 +17,7 @@ from .expansion import Expansion
 from .nodes_adain import AdaIN
 from .nodes_auto_map import AutoMap
 from .nodes_embedding import SpinEmbedding
-from .nodes_inversion import MAX_SEED, DDIMInversion, DDPMInversion, InversionLatent, Replay
+from .nodes_inversion import MAX_SEED, DDIMInversion, DDPMInversion, InversionLatent, Replay, seed_input
 from .nodes_maps import MapFromColors, MapFromMasks, PreviewMap
 from .nodes_picture import FitPicture, OriginalSize, side_input
 from .nodes_saliency import FindSubject
@@ -67,8 +67,10 @@ def _steps(default: int, tooltip: str) -> Any:
     return io.Int.Input("steps", default=default, min=2, max=1000, tooltip=tooltip)
 
 
-def _seed(tooltip: str) -> Any:
-    return io.Int.Input("seed", default=0, min=0, max=MAX_SEED, control_after_generate=False, tooltip=tooltip)
+def _cfg(default: float, tooltip: str) -> Any:
+    return advanced(
+        io.Float.Input("cfg", default=default, min=1.0, max=30.0, step=0.1, round=0.01, optional=True, tooltip=tooltip)
+    )
 
 
 def _check_sliders(**values: float) -> None:
@@ -177,7 +179,7 @@ class SemantixRestyle(io.ComfyNode):
                 _slider("style", 0.75, "How much of the style comes in: 0 is the content as it is, 1 the most."),
                 _slider("structure", 0.5, "How firmly shapes and things stay what they are."),
                 _steps(60, "Noise levels: 60 as published. 20 to 30 are faster and a little coarser."),
-                _seed("Another seed, another result of the same kind. It inverts the pictures anew."),
+                seed_input("Another seed, another result of the same kind. It inverts the pictures anew."),
                 io.Combo.Input(
                     "regions",
                     options=[NO_MAP, AUTOMATIC],
@@ -194,18 +196,7 @@ class SemantixRestyle(io.ComfyNode):
                 SemanticMapSocket.Input(
                     "semantic_map", optional=True, tooltip="Which regions belong together, from a semantic map node."
                 ),
-                advanced(
-                    io.Float.Input(
-                        "cfg",
-                        default=3.5,
-                        min=1.0,
-                        max=30.0,
-                        step=0.1,
-                        round=0.01,
-                        optional=True,
-                        tooltip="Guidance scale: 3.5 as published.",
-                    )
-                ),
+                _cfg(3.5, "Guidance scale: 3.5 as published."),
                 side_input(),
             ],
             outputs=[
@@ -321,7 +312,7 @@ class SCSARestyle(io.ComfyNode):
                     "What is taken over: 0 colours and light, 1 patterns and brush strokes. 0.2 as published.",
                 ),
                 _steps(50, "Noise levels: 50 as published. 20 to 25 are faster and a little coarser."),
-                _seed("Of the search for automatic regions. The method itself draws nothing."),
+                seed_input("Of the search for automatic regions. The method itself draws nothing."),
                 io.Image.Input(
                     "content_colors",
                     optional=True,
@@ -489,7 +480,7 @@ class SpinPaint(io.ComfyNode):
                     tooltip="How long the subject is learnt: 200 as published. More is closer to the reference.",
                 ),
                 io.Int.Input("variants", default=1, min=1, max=64, tooltip="How many pictures to make."),
-                _seed("Another seed, other variants. The word is not learnt again."),
+                seed_input("Another seed, other variants. The word is not learnt again."),
                 _steps(50, "Noise levels of the sampler: 50 as published."),
                 io.Mask.Input(
                     "reference_mask",
@@ -502,18 +493,7 @@ class SpinPaint(io.ComfyNode):
                     optional=True,
                     tooltip="Name of the word's file in models/embeddings; empty: spin_ and the class word.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "cfg",
-                        default=7.5,
-                        min=1.0,
-                        max=30.0,
-                        step=0.1,
-                        round=0.01,
-                        optional=True,
-                        tooltip="Guidance scale: 7.5 as published; 3.5 for Paperland.",
-                    )
-                ),
+                _cfg(7.5, "Guidance scale: 7.5 as published; 3.5 for Paperland."),
                 advanced(
                     io.Float.Input(
                         "learning_rate",

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from .masks import mask_on_grid, places_inside
+from .masks import cells_inside, mask_on_grid
 from .semantic_map import SemanticMap, check_labels
 
 EPS = 1e-5
@@ -153,7 +153,7 @@ def adain_latents(
         _per_frame(at.style, style),
         strength=strength,
         content_mask=None if content_mask is None else _per_frame(mask_on_grid(content_mask, grids[0]), content),
-        style_mask=None if style_mask is None else _per_frame(places_inside(style_mask, grids[1]), style),
+        style_mask=None if style_mask is None else _per_frame(cells_inside(style_mask, grids[1]), style),
     )
     return out if content.ndim == 4 else rearrange(out, "(b t) c h w -> b c t h w", b=len(content))
 

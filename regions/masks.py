@@ -91,7 +91,7 @@ def mask_on_grid(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return mean.clamp(0.0, 1.0)  # rounding
 
 
-def places_inside(mask: Tensor, size: tuple[int, int]) -> Tensor:
+def cells_inside(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """The cells of a grid that belong to masks: those covered by half at least. Of a mask that covers none of them so
     far those that it covers most, so that no mask gets lost on a coarse grid.
 

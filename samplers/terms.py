@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..attention.layers import STAGES
-from ..regions.masks import as_mask, mask_on_grid, numbers, places_inside
+from ..regions.masks import as_mask, cells_inside, mask_on_grid, numbers
 from ..regions.semantic_map import SemanticMap
 from .energies import semantic_distance, spatial_feature_energy, style_feature_energy
 from .features import Features
@@ -171,7 +171,7 @@ class StyleTerm(Term):
                 grids = [(-(-h // coarse), -(-w // coarse)) for h, w in (shape[2:], theirs)]
                 at = self.regions.at(*grids)
                 drawn = None if self.content_mask is None else mask_on_grid(self.content_mask, grids[0]) > 0
-                giving = None if self.style_mask is None else places_inside(self.style_mask, grids[1])
+                giving = None if self.style_mask is None else cells_inside(self.style_mask, grids[1])
                 lacking |= _labels(at.content, drawn) - _labels(at.style, giving)
         if not lacking:
             return []
@@ -215,7 +215,7 @@ class StyleTerm(Term):
         grid = (reference.shape[2], reference.shape[3])
 
         def make() -> tuple[Tensor, ...]:
-            inside = places_inside(_of_frames(mask, frames), grid)
+            inside = cells_inside(_of_frames(mask, frames), grid)
             return tuple(_ordinary(one.flatten().nonzero().flatten(), reference.device) for one in inside)
 
         return resampled.get((self, "style_mask", grid, reference.device, frames), make)

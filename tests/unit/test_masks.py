@@ -7,12 +7,12 @@ import pytest
 import torch
 from semantic_style.regions.masks import (
     as_mask,
+    cells_inside,
     check_outside,
     grow,
     keep_outside,
     mask_on_grid,
     numbers,
-    places_inside,
     soften,
 )
 
@@ -154,19 +154,19 @@ def test_numbers_in_words():
     assert numbers(torch.zeros(3, dtype=torch.bool)) == ""
 
 
-def test_places_inside_are_those_half_covered_and_never_none():
+def test_cells_inside_are_those_half_covered_and_never_none():
     mask = torch.zeros(3, 8, 8)
     mask[0, :, :4] = 1.0  # half of the picture
     mask[1, 5, 6] = 0.3  # a speck
     mask[2, :, :2], mask[2, :, 2:4] = 1.0, 0.4
-    found = places_inside(mask, (4, 4))
+    found = cells_inside(mask, (4, 4))
     expected = torch.zeros(3, 4, 4, dtype=torch.bool)
     expected[0, :, :2] = True
     expected[1, 2, 3] = True
     expected[2, :, 0] = True
     assert torch.equal(found, expected)
-    assert places_inside(mask, (1, 1)).all()
-    assert torch.equal(places_inside(mask, (16, 16))[0], mask[0].repeat_interleave(2, 0).repeat_interleave(2, 1) > 0)
+    assert cells_inside(mask, (1, 1)).all()
+    assert torch.equal(cells_inside(mask, (16, 16))[0], mask[0].repeat_interleave(2, 0).repeat_interleave(2, 1) > 0)
 
 
 def test_the_original_is_kept_outside_exactly():
