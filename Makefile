@@ -8,6 +8,8 @@
 #   make clean   caches and output/; `make distclean` the environment, too
 PYTHON ?= python3
 IN_VENV = $(PYTHON) tools/setup.py --
+# Two processes share the tests, a file at a time; a ComfyUI server each.
+SHARED = -n 2 --dist loadfile
 
 .PHONY: demo test quick setup lint clean distclean
 
@@ -15,10 +17,10 @@ demo:
 	@$(IN_VENV) tools/run.py demo.run $(ARGS)
 
 test:
-	@$(IN_VENV) -m pytest $(ARGS)
+	@$(IN_VENV) -m pytest $(SHARED) $(ARGS)
 
 quick:
-	@$(IN_VENV) -m pytest -m "not slow" tests/unit $(ARGS)
+	@$(IN_VENV) -m pytest $(SHARED) -m "not slow" tests/unit $(ARGS)
 
 setup:
 	@$(PYTHON) tools/setup.py

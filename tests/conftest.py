@@ -9,8 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # The processors divided among the processes, also among the servers that they start; PyTorch reads it once.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST_TESTS = ROOT / "tests" / "host"
@@ -138,7 +144,7 @@ def without_float64() -> Iterator:
 class SkipReport:
     """Under CI=true a run in which a test was skipped for a reason that is not allowed, or no host test ran, fails.
 
-    It says so last, after pytest's own summary.
+    It says so last, after pytest's own summary. Where several processes share the tests, each tells the first one.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -167,15 +173,24 @@ class SkipReport:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._look_at(report)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        told = getattr(node, "workeroutput", {}).get("faults", [])
+        self.faults += [fault for fault in told if fault not in self.faults]
+
     def _look_at(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.skipped and not hasattr(report, "wasxfail"):
             assert isinstance(report.longrepr, tuple)
             reason = report.longrepr[2].removeprefix("Skipped: ")
             if not reason.startswith(ALLOWED_SKIPS):
-                self.faults.append(f"{report.nodeid} was skipped: {reason}")
+                fault = f"{report.nodeid} was skipped: {reason}"
+                self.faults += [fault] if fault not in self.faults else []
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["faults"] = self.faults
+            return
         passed = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
         if self.faults and self.under_ci and passed:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -266,7 +266,7 @@ DIFFERENT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("a", "b"), DIFFERENT, ids=str)
+@pytest.mark.parametrize(("a", "b"), DIFFERENT)
 def test_fingerprints_of_different_things_differ(a, b):
     assert fingerprint(a) != fingerprint(b)
     assert fingerprint(a) == fingerprint(a)
