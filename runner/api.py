@@ -54,7 +54,7 @@ class AnswerError(ApiError):
 
 @dataclass(frozen=True)
 class Message:
-    """What the websocket says: the event's `kind` and `data`. Previews (binary) are passed over."""
+    """What the websocket says: the event's `kind` and `data`. Previews and other nodes' words are passed over."""
 
     kind: str
     data: dict[str, Any]
@@ -179,9 +179,9 @@ class Api:
                 with self._failures():
                     message = await socket.receive()
                 if message.type is aiohttp.WSMsgType.TEXT:
-                    content = json.loads(message.data)
-                    return Message(content.get("type", ""), content.get("data") or {})
-                if message.type is not aiohttp.WSMsgType.BINARY:
+                    if (told := _message(message.data)) is not None:
+                        return told
+                elif message.type is not aiohttp.WSMsgType.BINARY:
                     raise ServerGoneError(f"ComfyUI at {self.name} closed the connection")
 
         try:
@@ -206,6 +206,9 @@ class Api:
             raise ServerGoneError(f"no ComfyUI answers at {self.name}: {error.os_error}", refused) from error
         except asyncio.TimeoutError as error:
             raise ServerGoneError(f"ComfyUI at {self.name} does not answer within {self.seconds:g} s") from error
+        except aiohttp.ClientResponseError as error:
+            # In its own words it has the request's headers, which are nobody's business.
+            raise ServerGoneError(f"{self.name} does not answer in HTTP: {error.message}") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ServerGoneError(f"ComfyUI at {self.name} does not answer: {error!r}") from error
 
@@ -228,6 +231,16 @@ class Api:
             return json.loads(content)
         except ValueError as error:
             raise AnswerError(f"{self.name}{path} does not answer like ComfyUI: {content[:80]!r}") from error
+
+
+def _message(text: str) -> Message | None:
+    """What a text on the websocket says; None for those of other packs' nodes that are none of ComfyUI's."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    kind, data = (content.get("type"), content.get("data")) if isinstance(content, dict) else (None, None)
+    return Message(kind, data) if isinstance(kind, str) and isinstance(data, dict) else None
 
 
 def _wrong_status(name: str, status: int, method: str, text: str) -> ApiError:

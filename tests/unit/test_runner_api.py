@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -34,9 +35,9 @@ def ask(routes: list, question: Callable[[Api], Awaitable[Any]], path: str = "",
     return asyncio.run(everything())
 
 
-def answering(status: int, **headers: str):
+def answering(status: int, text: str = "{", **headers: str):
     async def answer(request: web.Request) -> web.Response:
-        return web.Response(status=status, text="{", headers=headers)
+        return web.Response(status=status, text=text, headers=headers)
 
     return answer
 
@@ -137,6 +138,46 @@ def test_nobody_listens() -> None:
     with pytest.raises(ServerGoneError, match="no ComfyUI answers") as caught:
         asyncio.run(reach())
     assert caught.value.refused
+
+
+@pytest.mark.parametrize("answer", [b"\x15\x03\x01\r\n\r\n", b"HTTP/1.1 200 OK\r\nno header\r\n\r\n"])
+def test_a_server_that_speaks_something_else_does_not_bring_the_headers_into_messages(answer: bytes) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async def reach() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with Api(f"127.0.0.1:{port}", headers={"Authorization": "Bearer s3cret"}) as api:
+                await api.queued()
+
+    with pytest.raises(ServerGoneError) as caught:
+        asyncio.run(reach())
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_words_of_other_packs_nodes_on_the_websocket_are_passed_over() -> None:
+    async def socket(request: web.Request) -> web.WebSocketResponse:
+        channel = web.WebSocketResponse()
+        await channel.prepare(request)
+        for text in (
+            "no json",
+            "[1]",
+            '{"type": "a", "data": [1]}',
+            '{"type": 1, "data": {}}',
+            '{"type": "b", "data": {}}',
+        ):
+            await channel.send_str(text)
+        await channel.receive()
+        return channel
+
+    async def first(api: Api) -> str:
+        async with api.messages() as receive:
+            return (await receive()).kind
+
+    assert ask([web.get("/ws", socket), web.get("/prompt", answering(200, "{}"))], first) == "b"
 
 
 def test_uploads_are_named_as_the_server_says() -> None:
