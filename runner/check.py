@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -101,7 +102,9 @@ def _literal_problems(spec: list[Any], value: Any) -> Iterator[str]:
             yield f"{value!r} is no number of type {kind}"
             return
         low, high = options.get("min"), options.get("max")
-        if (low is not None and value < low) or (high is not None and value > high):
+        if not math.isfinite(value):
+            yield f"{value} is no number of type {kind}"
+        elif (low is not None and value < low) or (high is not None and value > high):
             yield f"{value} is not between {low} and {high}"
     elif kind == "BOOLEAN" and not isinstance(value, bool):
         yield f"{value!r} is neither true nor false"

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .convert import SEEDS, Definitions
+from .convert import SEEDS, Definitions, options_of, spec_of
 from .graph import Graph
 from .request import JobError, LocalFile, Plan, Target
 
-NAME_LENGTH = 80
+# In letters, and in bytes, of which file systems take 255 for a job's, a node's, two keys' parts and the rest.
+NAME_LENGTH, NAME_BYTES = 80, 96
 SEED_BITS = 32
 # Names that Windows keeps for devices, whatever comes behind a dot.
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?$", re.IGNORECASE)
@@ -83,7 +84,8 @@ def make_jobs(
         job = Job(slug("_".join(parts) or request.name), values)
         job = replace(job, key=keys.of(job))
         if request.seed is not None:
-            job = replace(job, values=values | _seeds(workflow, values, f"{request.seed}:{job.key}"))
+            seeds = _seeds(workflow, definitions, values, f"{request.seed}:{job.key}")
+            job = replace(job, values=values | seeds)
             job = replace(job, key=keys.of(job))
         jobs.setdefault(job.key, job)
     return _with_own_names(jobs.values()), count - len(jobs)
@@ -91,15 +93,21 @@ def make_jobs(
 
 def slug(text: str) -> str:
     """A text as a part of a file's name on any system."""
-    plain = re.sub(r"[^\w.-]+", "_", text).strip("._-")[:NAME_LENGTH].rstrip("._-") or "_"
+    plain = re.sub(r"[^\w.-]+", "_", text).strip("._-")[:NAME_LENGTH]
+    plain = plain.encode()[:NAME_BYTES].decode(errors="ignore").rstrip("._-") or "_"
     return f"_{plain}" if RESERVED.match(plain) else plain
 
 
-def _seeds(workflow: Graph, values: dict[Target, Any], text: str) -> dict[Target, int]:
+def _seeds(workflow: Graph, definitions: Definitions, values: dict[Target, Any], text: str) -> dict[Target, int]:
     """A seed from `text` for every seed in the workflow that is a plain number and that the job does not set."""
     seed = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 2**SEED_BITS
-    targets = ((node_id, name) for node_id, node in workflow.items() for name in SEEDS if name in node["inputs"])
-    return {t: seed for t in targets if t not in values and type(workflow[t[0]]["inputs"][t[1]]) is int}
+    seeds = {}
+    for node_id, node in workflow.items():
+        for name in SEEDS:
+            if (node_id, name) not in values and type(node["inputs"].get(name)) is int:
+                most = options_of(spec_of(definitions, node["class_type"], name)).get("max") or seed
+                seeds[node_id, name] = seed % (int(most) + 1)
+    return seeds
 
 
 class _Keys:

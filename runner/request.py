@@ -16,6 +16,7 @@ from .convert import Definitions, options_of, spec_of
 from .graph import Graph, node_title
 
 NAME_COLUMN = "name"
+PLAIN = ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")
 # Inputs of ComfyUI's own nodes that load an uploaded file, for when no server says so.
 UPLOADED = ("image", "video", "audio", "file", "mask", "model_file")
 
@@ -162,7 +163,9 @@ class Plan:
             return LocalFile(path) if path.is_file() else value
         spec = self._spec(target)
         current = self.workflow.get(target[0], {"inputs": {}})["inputs"].get(target[1])
-        return typed(value, _kind(spec[0]) if spec is not None else _kind_of_value(current))
+        if choices := _choices(spec):
+            return next((choice for choice in choices if str(choice) == value), value)
+        return typed(value, spec[0] if spec is not None and spec[0] in PLAIN else _kind_of_value(current))
 
 
 def takes_uploads(spec: list[Any] | None) -> bool:
@@ -184,11 +187,10 @@ def typed(text: str, kind: str) -> Any:
     return text
 
 
-def _kind(kind: Any) -> str:
-    if isinstance(kind, list):
-        whole = bool(kind) and all(isinstance(choice, int) and not isinstance(choice, bool) for choice in kind)
-        return "INT" if whole else "COMBO"
-    return str(kind)
+def _choices(spec: list[Any] | None) -> list[Any]:
+    """The values that an input lets one choose from, numbers or texts."""
+    listed = None if spec is None else spec[0] if isinstance(spec[0], list) else options_of(spec).get("options")
+    return [choice for choice in listed or () if not isinstance(choice, dict)]
 
 
 def _kind_of_value(value: Any) -> str:

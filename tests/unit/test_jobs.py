@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -64,6 +65,35 @@ def test_values_get_the_type_of_their_input(make) -> None:
     }
     assert type(job.values["2", "strength"]) is float
     assert make(Request(sets=["Work.seed=7"]), definitions={})[0].values["2", "seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("spec", "text", "value"),
+    [
+        ([[0.5, 1.0], {}], "0.5", 0.5),
+        ([[16, 32], {}], "32", 32),
+        (["COMBO", {"options": [1, 2]}], "2", 2),
+        ([[0.5, 1.0], {}], "2", "2"),
+        (["INT,FLOAT", {}], "4", 4.0),
+        (["*", {}], "4", 4.0),
+    ],
+)
+def test_values_are_those_that_the_input_lets_one_choose_or_like_the_files(make, stub, spec, text, value) -> None:
+    definitions = copy.deepcopy(stub.DEFINITIONS)
+    definitions["Work"]["input"]["required"]["strength"] = spec
+    assert make(Request(sets=[f"Work.strength={text}"]), definitions=definitions)[0].values == {
+        ("2", "strength"): value
+    }
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+def test_numbers_that_are_none_are_refused(make, stub, text: str) -> None:
+    definitions = copy.deepcopy(stub.DEFINITIONS)
+    definitions["Work"]["input"]["required"]["strength"] = ["FLOAT", {}]
+    jobs = make(Request(sets=[f"Work.strength={text}"]), definitions=definitions)
+    assert problems(stub.graph(), jobs, definitions) == [
+        f"Work.strength (node 2): {text} is no number of type FLOAT (jobs: job)"
+    ]
 
 
 def test_titles_may_hold_dots_and_signs(make, stub) -> None:
@@ -137,6 +167,14 @@ def test_every_job_gets_its_own_seed_that_others_do_not_change(make, photos: Pat
     assert fixed.values["2", "seed"] == 5
 
 
+def test_seeds_are_none_that_the_input_refuses(make, stub) -> None:
+    definitions = copy.deepcopy(stub.DEFINITIONS)
+    definitions["Work"]["input"]["required"]["seed"][1]["max"] = 9
+    jobs = make(Request(overs=["Work.text=" + "|".join("abcdef")], seed=1), definitions=definitions)
+    assert problems(stub.graph(), jobs, definitions) == []
+    assert len({job.values["2", "seed"] for job in jobs}) > 1
+
+
 def test_keys_are_by_content_not_by_name(make, stub, photos: Path) -> None:
     (before,) = make(Request(sets=[f"Load.image={photos}/a.jpg"]))
     (photos / "z.jpg").write_bytes(b"a.jpg")
@@ -176,6 +214,7 @@ def test_a_jobs_graph_has_its_values_and_leaves_the_workflow_alone(make, stub, p
         ("con.txt", "_con.txt"),
         ("Häuser", "Häuser"),
         ("x" * 99, "x" * 80),
+        ("図" * 99, "図" * 32),
         ("", "_"),
     ],
 )
