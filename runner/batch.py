@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import farm
-from .api import Api, ApiError
+from .api import HTTP_SECONDS, Api, ApiError
 from .convert import ConversionError, Definitions, is_ui_form
 from .journal import Journal, JournalError
 from .launch import ServerError
@@ -120,9 +120,11 @@ async def run(options: argparse.Namespace, file: Any, addresses: Sequence[str], 
         journal = None if options.dry_run else stack.enter_context(Journal(folder))
         client = journal.client_id if journal else None
         try:
-            apis = [Api(address, headers=headers, client_id=client) for address in dict.fromkeys(addresses)]
+            seconds = min(options.stall, HTTP_SECONDS)
+            made = [Api(address, headers=headers, client_id=client, seconds=seconds) for address in addresses]
         except ValueError as error:
             raise RefusedError(str(error)) from error
+        apis = list({api.name: api for api in made}.values())
         for api in apis:
             await stack.enter_async_context(api)
         known = await _definitions(apis, needed=is_ui_form(file) or not options.dry_run)
@@ -147,7 +149,7 @@ async def run(options: argparse.Namespace, file: Any, addresses: Sequence[str], 
 def read_workflow(path: Path) -> Any:
     """The content of a workflow file; in API form it is checked to be one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise RefusedError(f"{path}: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("prompt"), dict):

@@ -71,8 +71,11 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._base = sqlite3.connect(folder / FILE, timeout=0, isolation_level=None)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._base = sqlite3.connect(folder / FILE, timeout=0, isolation_level=None)
+        except (OSError, sqlite3.Error) as error:
+            raise JournalError(f"{folder}: no outputs can be written there ({error})") from error
         try:
             # Held until the process ends, however it ends; and a file system without shared memory will do.
             self._base.execute("PRAGMA locking_mode = EXCLUSIVE")

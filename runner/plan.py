@@ -74,6 +74,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         ahead=options.ahead,
         tries=options.tries,
         stall=options.stall,
+        grace=min(options.stall, Settings.grace),
         wait=options.wait,
         previews=options.previews,
         only=tuple(options.only),

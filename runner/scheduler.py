@@ -76,6 +76,7 @@ class Batch:
     settings: Settings = field(default_factory=Settings)
 
     def __post_init__(self) -> None:
+        self.workers: list[Worker] = []
         self.counts: dict[str, Count] = {}
         self.open = 0
         self.starved: list[Job] = []
@@ -94,7 +95,7 @@ class Batch:
 
         Raises `GivenUpError`; the jobs that are left then wait in the journal for the next call.
         """
-        workers = [Worker(self, api) for api in servers]
+        workers = self.workers = [Worker(self, api) for api in servers]
         by_name = {worker.api.name: worker for worker in workers}
         todo = {job.key: job for job in jobs}
         self.open = len(todo)
@@ -192,6 +193,10 @@ class Batch:
     def give_up(self, reason: str) -> None:
         self.failure = self.failure or GivenUpError(reason)
         self._wake()
+
+    def others(self, worker: Worker) -> list[Worker]:
+        """Those that are there but `worker`."""
+        return [other for other in self.workers if other.connected and other is not worker]
 
     def served(self) -> None:
         """A server is there."""

@@ -53,6 +53,8 @@ class Run:
     graph: Graph
     tracker: Tracker
     started: bool = False
+    # Whether it waits for somebody else's.
+    behind: bool = False
     sign: float = field(default_factory=time.monotonic)
     # Set when there is something to look at: an end, or that it is lost.
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -120,7 +122,9 @@ class Worker:
                 if self.connected:
                     self.batch.report.note(f"{error}; trying again")
                     self.connected, self.lost_since = False, time.monotonic()
-                if getattr(error, "refused", False) or time.monotonic() - self.lost_since > self.batch.settings.grace:
+                away = time.monotonic() - self.lost_since > self.batch.settings.grace
+                # Where nobody else could do its jobs they wait for it: it may be doing them.
+                if getattr(error, "refused", False) or (away and self.batch.others(self)):
                     self._release(str(error))
                 self.batch.unserved(str(error))
             finally:
@@ -135,10 +139,10 @@ class Worker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         left = [*self.runs, *self.forsaken]
-        for prompt in self.runs:
-            self.batch.journal.ended(prompt, "stopped")
         with contextlib.suppress(RuntimeError, asyncio.TimeoutError):
             await asyncio.wait_for(self.api.drop(left), STOP_SECONDS)
+            for prompt in self.runs:
+                self.batch.journal.ended(prompt, "stopped")
 
     async def _rest(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -178,7 +182,7 @@ class Worker:
             run = self.runs.get(message.data.get("prompt_id", ""))
             if run is None:
                 continue
-            run.started, run.sign = True, time.monotonic()
+            run.started, run.behind, run.sign = True, False, time.monotonic()
             with contextlib.suppress(GraphError, GraphInterrupted):
                 run.tracker.take(message.kind, message.data)
             if message.kind == "executing" and message.data.get("node") is None:
@@ -356,10 +360,11 @@ class Worker:
                 self._fail(error)
                 continue
             if time.monotonic() - run.sign > settings.stall:
-                stalled = LostError(f"no progress for {settings.stall:g} s on {self.api.name}", counts=True)
+                what = "nothing but others' graphs" if run.behind else "no progress"
+                lost = LostError(f"{what} for {settings.stall:g} s on {self.api.name}", counts=not run.behind)
                 self.forsaken.add(run.prompt)
-                self._fail(ServerGoneError(str(stalled)))
-                raise stalled
+                self._fail(ServerGoneError(str(lost)))
+                raise lost
 
     async def _look(self, run: Run) -> dict[str, Any] | None:
         """Ask the server about a run of which nothing was heard, or that has ended; its history entry if it has."""
@@ -372,10 +377,12 @@ class Worker:
             if run.ended:
                 await asyncio.sleep(HISTORY_SECONDS)
         if run.prompt in running:
-            run.started = True
+            run.started, run.behind = True, False
         elif run.prompt in waiting:
-            if running:
-                # Somebody's else run, or ours, which is watched by itself.
+            # Of ours each is watched by itself. Others' are waited for, unless a server has nothing to do meanwhile.
+            run.behind = bool(running) and running.isdisjoint(self.runs)
+            idle = [other for other in self.batch.others(self) if not other.runs]
+            if running and not (run.behind and idle):
                 run.sign = time.monotonic()
         else:
             raise LostError(f"{self.api.name} knows nothing of the run any more", run.started)

@@ -184,6 +184,14 @@ class Stub:
         await asyncio.sleep(away)
         await self._open()
 
+    async def freeze(self, seconds: float) -> None:
+        """Like a process that is busy: it goes on, and answers nobody meanwhile."""
+        self.deaf = True
+        for channel in self.sockets.values():
+            await channel.close()
+        await asyncio.sleep(seconds)
+        self.deaf = False
+
     def _chance(self, share: float) -> bool:
         return self.random.random() < share
 

@@ -162,6 +162,21 @@ def test_a_server_that_accepts_connections_and_never_answers_holds_nobody_up(stu
     assert seen.states == {"done": 10}
 
 
+def test_a_run_on_a_server_that_is_silent_for_long_is_looked_up_where_nobody_else_could_do_it(
+    stub, run_batch, tmp_path: Path
+) -> None:
+    async def freeze(servers: Sequence[Any]) -> None:
+        await asyncio.sleep(0.15)
+        await servers[0].freeze(3)
+
+    server = stub.Stub(seconds=0.05)
+    words = [f"t{i}" for i in range(10)]
+    seen = run_batch([server], texts(tmp_path, words), replace(QUICK, stall=20), during=freeze)
+    assert seen.states == {"done": 10}
+    assert server.executed == {str([word]): 1 for word in words}
+    assert [row.attempts for row in seen.rows] == [1] * 10
+
+
 def test_a_job_whose_runs_are_lost_again_and_again_fails_with_the_last_reason(stub, run_batch, tmp_path: Path) -> None:
     server = stub.Stub(faults=stub.Faults(hang=1.0))
     seen = run_batch([server], texts(tmp_path, ["t"]), replace(QUICK, stall=0.1, tries=2))
@@ -176,6 +191,16 @@ def test_a_full_queue_is_waited_for(stub, run_batch, tmp_path: Path) -> None:
     seen = run_batch([server], texts(tmp_path, ["a", "b"]), replace(QUICK, stall=0.3))
     assert seen.states == {"done": 2}
     assert [row.attempts for row in seen.rows] == [1, 1]
+
+
+def test_a_full_queue_is_left_to_others_where_another_server_has_nothing_to_do(stub, run_batch, tmp_path: Path) -> None:
+    full, free = stub.Stub(seconds=0.1, foreign=60), stub.Stub()
+    words = [f"t{i}" for i in range(6)]
+    seen = run_batch([full, free], texts(tmp_path, words), replace(QUICK, stall=0.3, tries=1))
+    assert seen.states == {"done": 6}
+    assert free.executed == {str([word]): 1 for word in words}
+    assert not any(client != "somebody" for _, _, client in full.pending)
+    assert any("nothing but others' graphs for 0.3 s" in note for note in seen.notes)
 
 
 def test_a_busy_server_is_asked_again(stub, run_batch, tmp_path: Path) -> None:
@@ -277,3 +302,21 @@ def test_cancelled_it_takes_its_runs_from_the_servers(stub, run_batch, tmp_path:
     assert not server.pending
     assert [entry["status"]["status_str"] for entry in server.history.values()] == ["error"]
     assert assert_journal_and_files_agree(tmp_path / "out") == {}
+
+
+def test_what_could_not_be_taken_from_a_server_is_looked_up_by_the_next_call(stub, run_batch, tmp_path: Path) -> None:
+    async def cancel(servers: Sequence[Any]) -> None:
+        runner = next(task for task in asyncio.all_tasks() if task.get_coro().__name__ == "everything")
+        while not (server.running and server.pending):
+            await asyncio.sleep(0.01)
+        server.deaf = True
+        runner.cancel()
+        await asyncio.sleep(60)
+
+    server = stub.Stub(seconds=0.1)
+    with pytest.raises(asyncio.CancelledError):
+        run_batch([server], texts(tmp_path, ["a", "b"]), during=cancel)
+    server.deaf = False
+    seen = run_batch([server], texts(tmp_path, ["a", "b"]))
+    assert seen.states == {"done": 2}
+    assert server.executed == {"['a']": 1, "['b']": 1}

@@ -121,6 +121,18 @@ def test_nothing_that_is_no_workflow_is_run(folder: Path, server: str, monkeypat
         assert here(monkeypatch, folder, "--server", server) == 2
 
 
+def test_a_file_with_a_byte_order_mark_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "flow.json").write_text((folder / "flow.json").read_text(), encoding="utf-8-sig")
+    assert here(monkeypatch, folder, "--dry-run") == 0
+
+
+def test_a_server_that_is_named_twice_is_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert here(monkeypatch, folder, "--server", "127.0.0.1:1", "--server", "http://127.0.0.1:1/") == 2
+    assert capfd.readouterr().err.count("no ComfyUI answers") == 1
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -51,6 +51,13 @@ def test_only_one_process_has_it(tmp_path: Path) -> None:
         assert again.client_id == client
 
 
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "in it"):
+        with pytest.raises(JournalError, match="no outputs can be written there"):
+            Journal(folder)
+
+
 def test_a_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "journal.sqlite").write_text("my notes, which are long enough to be no empty file" * 50)
     with pytest.raises(JournalError, match="no journal of this program"):
