@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .convert import DYNAMIC, Definitions, connects, options_of, spec_of
+from .convert import DYNAMIC, OWN_CHOICES, Definitions, connects, options_of, spec_of
 from .graph import Graph, node_title
 from .jobs import Job
 from .request import LocalFile, Target, takes_uploads
@@ -59,7 +59,9 @@ def _value_problems(
     if kind not in definitions:
         return
     place = _place(workflow, node_id, name)
-    spec = spec_of(definitions, kind, name)
+    spec = spec_of(definitions, kind, name, workflow[node_id]["inputs"])
+    if kind == OWN_CHOICES:
+        return
     if spec is None:
         dynamic = "." in name and spec_of(definitions, kind, name.split(".")[0]) is not None
         if not in_file and not dynamic:
@@ -94,7 +96,7 @@ def _link_problems(workflow: Graph, place: str, spec: list, link: list, definiti
 
 def _literal_problems(spec: list[Any], value: Any) -> Iterator[str]:
     kind, options = spec[0], options_of(spec)
-    if isinstance(kind, list) or kind == "COMBO":
+    if isinstance(kind, list) or kind in ("COMBO", DYNAMIC[0]):
         choices = kind if isinstance(kind, list) else options.get("options")
         yield from _choice_problems(spec, choices, value)
     elif kind in NUMBERS:

@@ -7,7 +7,8 @@ subgraphs are followed to what they come from, and widgets' values get the names
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,12 @@ REROUTES = ("Reroute", "Reroute (rgthree)")
 # Of the browser only: they switch other nodes on and off, which the file has as these nodes' modes.
 SWITCHES = ("Muter (rgthree)", "Bypasser (rgthree)", "Repeater (rgthree)", "Relay (rgthree)", "Bookmark (rgthree)")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+EMPTY: Mapping[str, Any] = {}
+UNSET = {"INT": 0, "FLOAT": 0, "STRING": "", "BOOLEAN": False, "IMAGECOMPARE": ["", ""]}
 CONTROLS = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
 SEEDS = ("seed", "noise_seed")
+# Of this node the user makes the choices, in the browser.
+OWN_CHOICES = "CustomCombo"
 DYNAMIC = ("COMFY_DYNAMICCOMBO_V3", "COMFY_AUTOGROW_V3", "COMFY_DYNAMICSLOT_V3")
 
 Definitions = dict[str, dict[str, Any]]
@@ -38,6 +43,8 @@ class Value:
     """What a link brings where it comes from a widget and not from a node."""
 
     value: Any
+    # Whether the frontend's control of what comes after a run belongs to the widget.
+    controlled: bool = False
 
 
 @dataclass
@@ -133,7 +140,7 @@ class _Conversion:
         return inner
 
     def _inputs(self, scope: Scope, node: dict[str, Any]) -> dict[str, Any]:
-        inputs = {name: _wrapped(value) for name, value in self._widgets(node).items()}
+        inputs = {name: _wrapped(widget.value) for name, widget in self._widgets(node).items()}
         for slot, entry in enumerate(node.get("inputs") or []):
             source = self._input(scope, node, slot, entry.get("type"), ())
             if isinstance(source, Value):
@@ -142,27 +149,28 @@ class _Conversion:
                 inputs[entry["name"]] = source
         return inputs
 
-    def _widgets(self, node: dict[str, Any]) -> dict[str, Any]:
+    def _widgets(self, node: dict[str, Any]) -> dict[str, Value]:
         """The values of a node's widgets by the names of the inputs that they are for."""
-        declared = _declared(self.definitions[node["type"]])
+        declared = _declared(self.definitions.get(node["type"]) or {})
         values = node.get("widgets_values") or []
         if isinstance(values, dict):
-            return {name: value for name, value in values.items() if _is_input(name, declared)}
+            return {name: Value(value) for name, value in values.items() if _is_input(name, declared)}
         shown = [entry["widget"]["name"] for entry in node.get("inputs") or [] if entry.get("widget")]
-        names = [name for name, spec in declared.items() if _is_widget(spec) or name in shown]
-        if set(names) <= set(shown):
-            # The newer frontends list every widget, also those that depend on others' values.
-            names = shown if set(shown) - set(names) else names
-        given, found = list(values), {}
-        for name in names:
-            if not given:
-                break
-            found[name] = given.pop(0)
-            for _ in range(_control_values(name, declared.get(name), given)):
-                given.pop(0)
-        defaults = {name: _default(declared[name]) for name in names if name in declared and name not in found}
-        found |= {name: value for name, value in defaults.items() if value is not None}
-        return {name: value for name, value in found.items() if _is_input(name, declared)}
+        widgets = deque((name, spec) for name, spec in declared.items() if _is_widget(spec) or name in shown)
+        given, found = deque(values), {}
+        while widgets:
+            name, spec = widgets.popleft()
+            value = given.popleft() if given else _default(spec)
+            for _ in range(_control_values(name, spec, given)):
+                given.popleft()
+            if value is not None:
+                found[name] = Value(value, _is_controlled(name, spec))
+            # What a choice brings with it stands behind it.
+            widgets.extendleft(reversed([inner for inner in _unfolded(name, spec, value) if _is_widget(inner[1])]))
+        if node["type"] == OWN_CHOICES and given:
+            names = ("index", *(f"option{number}" for number in range(1, len(given))))
+            found |= zip(names, map(Value, given), strict=True)
+        return found
 
     def _input(self, scope: Scope, node: dict[str, Any], slot: int, kind: Any, seen: tuple) -> Source | Value | None:
         """Where the link into an input comes from; None where nothing is linked."""
@@ -180,7 +188,43 @@ class _Conversion:
         outer_slot = names.index(name) if name in names else -1
         if outer_slot >= 0 and scope.instance["inputs"][outer_slot].get("link") is not None:
             return self._input(scope.outer, scope.instance, outer_slot, kind, seen)
-        return _promoted(scope.instance, name)
+        return self._promoted(scope, output)
+
+    def _promoted(self, scope: Scope, slot: int) -> Value | None:
+        """The value of a subgraph's own input: its instance's, or else that of the first widget that it leads to."""
+        instance, inputs = scope.instance, self.subgraphs[scope.instance["type"]]["inputs"]
+        name, values = inputs[slot]["name"], instance.get("widgets_values") or []
+        if isinstance(values, dict):
+            return Value(values[name]) if name in values else None
+        if proxies := (instance.get("properties") or {}).get("proxyWidgets"):
+            names = [widget if str(node) == "-1" else None for node, widget in proxies]
+        else:
+            widgets = {entry["name"]: self._behind(scope, number) for number, entry in enumerate(inputs)}
+            shown = {entry: widget for entry, widget in widgets.items() if widget is not None}
+            # In some files the controls of seeds have a place of their own.
+            controls = len(values) > len(shown)
+            names = [n for entry, widget in shown.items() for n in (entry, *[None] * (controls and widget.controlled))]
+        place = names.index(name) if name in names else len(values)
+        if place < len(values) and values[place] is not None:
+            return Value(values[place])
+        return self._behind(scope, slot)
+
+    def _behind(self, scope: Scope, slot: int) -> Value | None:
+        """The first widget that a subgraph's own input leads to, with the value that it has in there."""
+        for number in self.subgraphs[scope.instance["type"]]["inputs"][slot].get("linkIds") or scope.links:
+            origin, output, target, place = scope.links.get(number, ("", 0, "", 0))
+            node = scope.nodes.get(target)
+            if (origin, output) != (str(SUBGRAPH_INPUT), slot) or node is None:
+                continue
+            entry, inner = node["inputs"][place], self.inner.get(scope.id_of(node))
+            if inner is not None:
+                names = [its["name"] for its in self.subgraphs[node["type"]]["inputs"]]
+                found = self._promoted(inner, names.index(entry["name"])) if entry["name"] in names else None
+            else:
+                found = self._widgets(node).get(entry["widget"]["name"]) if entry.get("widget") else None
+            if found is not None:
+                return found
+        return None
 
     def _output(
         self, scope: Scope, node: dict[str, Any] | None, slot: int, kind: Any, seen: tuple
@@ -246,9 +290,17 @@ def _declared(definition: dict[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def spec_of(definitions: Definitions, kind: str, name: str) -> list[Any] | None:
-    """The server's specification of an input of a node class; None if it has none."""
-    return _declared(definitions.get(kind) or {}).get(name)
+def spec_of(definitions: Definitions, kind: str, name: str, inputs: Mapping[str, Any] = EMPTY) -> list[Any] | None:
+    """The server's specification of an input of a node class; None if it has none.
+
+    Of one that a choice brings with it ("format.codec") where `inputs` has the choice's value.
+    """
+    known = _declared(definitions.get(kind) or {})
+    path, *rest = name.split(".") if name not in known else [name]
+    for part in rest:
+        known = dict(_unfolded(path, known[path], inputs.get(path))) if path in known else {}
+        path = f"{path}.{part}"
+    return known.get(path)
 
 
 def options_of(spec: list[Any] | None) -> dict[str, Any]:
@@ -260,7 +312,8 @@ def _is_widget(spec: list[Any]) -> bool:
     options = options_of(spec)
     if options.get("forceInput"):
         return False
-    return isinstance(spec[0], list) or spec[0] in (*WIDGETS, *DYNAMIC[:1]) or bool(options.get("widgetType"))
+    drawn = bool(options.get("widgetType") or options.get("socketless"))
+    return isinstance(spec[0], list) or spec[0] in (*WIDGETS, *DYNAMIC[:1]) or drawn
 
 
 def _is_input(name: str, declared: dict[str, list[Any]]) -> bool:
@@ -273,32 +326,31 @@ def _default(spec: list[Any]) -> Any:
     if "default" in options or not _is_widget(spec):
         return options.get("default")
     choices = spec[0] if isinstance(spec[0], list) else options.get("options")
-    return choices[0] if choices and not isinstance(choices[0], dict) else None
+    if choices:
+        return choices[0].get("key") if isinstance(choices[0], dict) else choices[0]
+    return UNSET.get(spec[0]) if isinstance(spec[0], str) else None
 
 
-def _control_values(name: str, spec: list[Any] | None, following: list[Any]) -> int:
-    """How many of the values that follow a widget's belong to the frontend's control of what comes after a run."""
-    kind = spec[0] if spec is not None else "INT"
-    controlled = options_of(spec).get("control_after_generate") or (kind == "INT" and name.split(".")[-1] in SEEDS)
-    if not controlled or not following or following[0] not in CONTROLS:
+def _unfolded(name: str, spec: list[Any], value: Any) -> list[tuple[str, list[Any]]]:
+    """The inputs that one brings with it for the `value` that is chosen, with their specifications."""
+    choices = options_of(spec).get("options") if spec[0] == DYNAMIC[0] else None
+    brought = next((choice["inputs"] for choice in choices or () if choice["key"] == value), {})
+    return [(f"{name}.{inner}", its) for inner, its in _declared({"input": brought}).items()]
+
+
+def _is_controlled(name: str, spec: list[Any]) -> bool:
+    """Whether the frontend has a control of what becomes of an input after a run."""
+    return bool(options_of(spec).get("control_after_generate")) or (spec[0] == "INT" and name.split(".")[-1] in SEEDS)
+
+
+def _control_values(name: str, spec: list[Any], following: Sequence[Any]) -> int:
+    """How many of the values that follow a widget's belong to the control of it."""
+    if not _is_controlled(name, spec) or not following or following[0] not in CONTROLS:
         return 0
     # Behind a choice there is also a filter.
-    filtered = (isinstance(kind, list) or kind == "COMBO") and len(following) > 1 and following[1] == ""
+    choice = isinstance(spec[0], list) or spec[0] == "COMBO"
+    filtered = choice and len(following) > 1 and following[1] == ""
     return 2 if filtered else 1
-
-
-def _promoted(instance: dict[str, Any], name: str) -> Value | None:
-    """The value of a subgraph's widget; None where the node inside keeps it."""
-    values = instance.get("widgets_values") or []
-    proxies = (instance.get("properties") or {}).get("proxyWidgets")
-    if isinstance(values, dict):
-        return Value(values[name]) if name in values else None
-    if proxies:
-        names = [widget if str(node) == "-1" else None for node, widget in proxies]
-    else:
-        names = [entry["name"] for entry in instance.get("inputs") or [] if entry.get("widget")]
-    place = names.index(name) if name in names else len(values)
-    return Value(values[place]) if place < len(values) and values[place] is not None else None
 
 
 def _bypass(node: dict[str, Any], slot: int, kind: Any) -> int | None:

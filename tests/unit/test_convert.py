@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from semantic_style.runner.convert import ConversionError, is_ui_form, to_api
+from semantic_style.runner.check import problems
+from semantic_style.runner.convert import ConversionError, is_ui_form, spec_of, to_api
 
 IMAGE = ["IMAGE", {}]
 DEFINITIONS: dict[str, Any] = {
@@ -31,9 +32,43 @@ DEFINITIONS: dict[str, Any] = {
         "output": ["IMAGE"],
     },
     "Grow": {
-        "input": {"required": {"size": ["COMFY_DYNAMICCOMBO_V3", {}], "curve": ["LIST", {"widgetType": "LIST"}]}},
+        "input": {
+            "required": {
+                "size": [
+                    "COMFY_DYNAMICCOMBO_V3",
+                    {
+                        "options": [
+                            {"key": "whole", "inputs": {"required": {}}},
+                            {
+                                "key": "by width",
+                                "inputs": {"required": {"width": ["INT", {"default": 64}], "like": IMAGE}},
+                            },
+                            {
+                                "key": "random",
+                                "inputs": {
+                                    "required": {"seed": ["INT", {}]},
+                                    "optional": {
+                                        "of": [
+                                            "COMFY_DYNAMICCOMBO_V3",
+                                            {
+                                                "options": [
+                                                    {"key": "two", "inputs": {"required": {"low": ["FLOAT", {}]}}}
+                                                ]
+                                            },
+                                        ]
+                                    },
+                                },
+                            },
+                        ]
+                    },
+                ],
+                "curve": ["LIST", {"widgetType": "LIST"}],
+                "tint": ["COLOR", {"default": "#000000", "socketless": True}],
+            }
+        },
         "output": ["IMAGE"],
     },
+    "CustomCombo": {"input": {"required": {"choice": ["COMBO", {"options": []}]}}, "output": ["STRING", "INT"]},
     "Save": {"input": {"required": {"images": IMAGE, "prefix": ["STRING", {}]}}, "output": [], "output_node": True},
 }
 
@@ -119,13 +154,43 @@ def test_converted_widgets_and_primitive_nodes() -> None:
     assert inputs(to_api(workflow(LOAD, work, SAVE, linked, links=links), DEFINITIONS), "2")["seed"] == ["4", 0]
 
 
-def test_the_newer_form_lists_every_widget() -> None:
-    listed = [socket("curve", "LIST", widget=True), socket("size", "COMBO", widget=True)]
-    listed.append(socket("size.width", "INT", widget=True))
-    grow = node(1, "Grow", listed, "IMAGE", [[1, 2], "by width", 512])
-    save = {**SAVE, "inputs": [socket("images", "IMAGE", 1), socket("prefix", "STRING", widget=True)]}
-    graph = to_api(workflow(grow, save, links=[[1, 1, 0, 3, 0, "IMAGE"]]), DEFINITIONS)
-    assert inputs(graph, "1") == {"curve": {"__value__": [1, 2]}, "size": "by width", "size.width": 512}
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (["whole", [1, 2], "#ffffff"], {"size": "whole", "curve": {"__value__": [1, 2]}, "tint": "#ffffff"}),
+        (["by width", 512, "c", "#ffffff"], {"size": "by width", "size.width": 512, "curve": "c", "tint": "#ffffff"}),
+        (
+            ["random", 5, "randomize", "two", 0.5, "c"],
+            {"size": "random", "size.seed": 5, "size.of": "two", "size.of.low": 0.5, "curve": "c", "tint": "#000000"},
+        ),
+        (["random"], {"size": "random", "size.seed": 0, "size.of": "two", "size.of.low": 0, "tint": "#000000"}),
+        ([], {"size": "whole", "tint": "#000000"}),
+    ],
+)
+def test_a_choice_brings_its_own_widgets_with_it(values: list, found: dict[str, Any]) -> None:
+    graph = to_api(workflow(node(1, "Grow", [], "IMAGE", values), links=[]), DEFINITIONS)
+    assert inputs(graph, "1") == found
+    size = spec_of(DEFINITIONS, "Grow", "size.width", {"size": "by width"})
+    assert size == ["INT", {"default": 64}]
+    assert spec_of(DEFINITIONS, "Grow", "size.width", {"size": "whole"}) is None
+    assert spec_of(DEFINITIONS, "Grow", "size.of.low", {"size": "random", "size.of": "two"}) == ["FLOAT", {}]
+
+
+def test_the_frontends_own_choices() -> None:
+    combo = node(1, "CustomCombo", [socket("choice", "COMBO", widget=True)], "STRING", ["b", 1, "a", "b", ""])
+    graph = to_api(workflow(combo, links=[]), DEFINITIONS)
+    assert inputs(graph, "1") == {"choice": "b", "index": 1, "option1": "a", "option2": "b", "option3": ""}
+    assert problems(graph, [], DEFINITIONS) == ["the workflow has no node that saves or shows anything"]
+
+
+def test_values_that_a_choice_brings_with_it_are_checked_by_what_it_says() -> None:
+    grow = node(1, "Grow", [], "IMAGE", ["by width", "much", "c"])
+    graph = to_api(workflow(grow, SAVE, links=[]), DEFINITIONS)
+    assert "Grow.size.width (node 1): 'much' is no number of type INT" in problems(graph, [], DEFINITIONS)
+    graph["1"]["inputs"]["size"] = "by weight"
+    assert "Grow.size (node 1): 'by weight' is none of the server's 3 (whole, by width, random)" in problems(
+        graph, [], DEFINITIONS
+    )
 
 
 @pytest.mark.parametrize("kind", ["Reroute", "SetNode"])
@@ -198,6 +263,30 @@ def test_the_newer_subgraphs_say_whose_each_value_is() -> None:
     assert inputs(graph, "5:2") == {**EXPECTED["2"]["inputs"], "seed": 11, "cfg": 1.5}
     kept_inside = to_api(with_subgraph(subgraph(), properties=properties, widgets_values=[]), DEFINITIONS)
     assert inputs(kept_inside, "5:2") == EXPECTED["2"]["inputs"]
+
+
+def test_the_newest_subgraphs_have_a_value_for_each_input_with_a_widget() -> None:
+    """In the definition's order, whichever of them the instance lists; with or without their controls."""
+    sockets = [socket("image", "IMAGE", 1), socket("cfg", "FLOAT", None, True)]
+    for values in ([11, 1.5], [11, "randomize", 1.5]):
+        graph = to_api(with_subgraph(subgraph(), inputs=sockets, widgets_values=values), DEFINITIONS)
+        assert inputs(graph, "5:2") == {**EXPECTED["2"]["inputs"], "seed": 11, "cfg": 1.5}
+
+
+def test_without_a_value_of_its_own_a_subgraphs_input_is_the_first_widget_behind_it() -> None:
+    """Also for what else it leads to."""
+    definition = subgraph()
+    second = {**definition["nodes"][0], "id": 4, "widgets_values": [0, "fixed", "ddim", "fixed", "", 0.0, "x"]}
+    definition["nodes"].append(second)
+    definition["links"] += [
+        {"id": 10 + slot, "origin_id": -10, "origin_slot": slot, "target_id": 4, "target_slot": slot}
+        for slot in range(3)
+    ]
+    for name, number in (("image", 0), ("seed", 1), ("cfg", 2)):
+        second["inputs"][number] = {**second["inputs"][number], "link": 10 + number}
+        assert definition["inputs"][number]["name"] == name
+    graph = to_api(with_subgraph(definition, widgets_values=[]), DEFINITIONS)
+    assert inputs(graph, "5:2") == inputs(graph, "5:4") == EXPECTED["2"]["inputs"]
 
 
 def test_bypassed_muted_and_nested_subgraphs() -> None:
