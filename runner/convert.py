@@ -334,7 +334,7 @@ def _default(spec: list[Any]) -> Any:
 def _unfolded(name: str, spec: list[Any], value: Any) -> list[tuple[str, list[Any]]]:
     """The inputs that one brings with it for the `value` that is chosen, with their specifications."""
     choices = options_of(spec).get("options") if spec[0] == DYNAMIC[0] else None
-    brought = next((choice["inputs"] for choice in choices or () if choice["key"] == value), {})
+    brought: dict[str, Any] = next((choice["inputs"] for choice in choices or () if choice["key"] == value), {})
     return [(f"{name}.{inner}", its) for inner, its in _declared({"input": brought}).items()]
 
 

@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
@@ -172,34 +173,61 @@ def history(address: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="kills by POSIX signals")
-def test_sixty_jobs_with_a_server_killed_in_the_middle(
-    comfy_server, host_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_sixty_jobs_with_a_server_killed_and_restarted_another_stalled_and_somebody_elses_jobs(
+    comfy_server, host_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a goodbye; the jobs that it had go to the other one."""
-    from semantic_style.runner.launch import comfy_server as another
+    """One is killed without a goodbye and comes back at its address, while the other answers nobody."""
+    from semantic_style.runner import launch
 
     greys = photos(tmp_path, 60)
     out = tmp_path / "out"
-    with another(host_folder, ROOT) as doomed:
+    foreign = [queue_for_somebody(comfy_server.address, color) for color in range(40)]
+    over = threading.Event()
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as threads:
+        doomed = stack.enter_context(launch.comfy_server(host_folder, ROOT))
         # As warm as the other one, which the tests before have used.
         with Client(doomed.address) as client:
             client.run(WARM)
 
-        def kill() -> None:
+        def disturb() -> None:
             until(lambda: len(history(doomed.address)) >= 6)
             os.killpg(doomed.process.pid, signal.SIGKILL)
+            comfy_server.process.send_signal(signal.SIGSTOP)
+            assert doomed.process.wait(timeout=30) == -signal.SIGKILL
+            with launch.comfy_server(host_folder, ROOT) as again:
+                assert again.address == doomed.address
+                until(lambda: len(history(again.address)) >= 6)
+                comfy_server.process.send_signal(signal.SIGCONT)
+                assert over.wait(120)
 
-        killer = threading.Thread(target=kill)
-        killer.start()
+        monkeypatch.setattr(launch, "free_port", lambda: int(doomed.address.rpartition(":")[2]))
+        disturbing = threads.submit(disturb)
         given = [str(tmp_path / "invert.json"), f"--over=Load.image={tmp_path / 'photos'}", "--out", str(out)]
         servers = ["--server", comfy_server.address, "--server", doomed.address]
-        assert batch.main([*given, *servers]) == 0
-        killer.join()
-        assert doomed.process.wait(timeout=30) == -signal.SIGKILL
+        try:
+            assert batch.main([*given, *servers, "--stall", "3"]) == 0
+        finally:
+            comfy_server.process.send_signal(signal.SIGCONT)
+            over.set()
+        disturbing.result()
     assert made(out) == greys
     assert_journal_and_files_agree(out)
-    assert doomed.address in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert doomed.address in said
+    assert comfy_server.address in said
     assert done_by(out).keys() == {comfy_server.address, doomed.address}
+    assert sum(done_by(out).values()) == 60
+    until(lambda: set(foreign) <= history(comfy_server.address).keys())
+    ended = history(comfy_server.address)
+    assert {ended[prompt]["status"]["status_str"] for prompt in foreign} == {"success"}
+
+
+def queue_for_somebody(address: str, color: int) -> str:
+    """Queue somebody else's graph; gives back its id."""
+    graph = {**WARM, "1": {**WARM["1"], "inputs": {**WARM["1"]["inputs"], "width": 256, "color": color}}}
+    body = json.dumps({"prompt": graph, "client_id": "somebody"}).encode()
+    with urllib.request.urlopen(f"http://{address}/prompt", body, timeout=60) as answer:
+        return json.load(answer)["prompt_id"]
 
 
 def done_by(out: Path) -> dict[str, int]:
