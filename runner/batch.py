@@ -98,7 +98,8 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         headers = read_headers(options.header)
         workflow = read_workflow(options.workflow)
-        if options.ray and not options.dry_run:
+        # A dry run needs to know the nodes where they give values their names.
+        if options.ray and (not options.dry_run or is_ui_form(workflow)):
             from . import cluster
 
             return cluster.run(options, workflow)
@@ -109,7 +110,7 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"Nothing was run:\n{_indented(str(error))}", file=sys.stderr)
         return NOT_STARTED
     except KeyboardInterrupt:
-        print("Interrupted before the first job", file=sys.stderr)
+        print("Interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

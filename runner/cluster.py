@@ -7,6 +7,7 @@ The journal and the outputs stay with the driver, which hands out jobs and files
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import uuid
@@ -21,13 +22,14 @@ from .graph import Graph
 from .jobs import Job, upload_name
 from .journal import FAILED, LOST, Journal
 from .outputs import PartFile, part_name
-from .plan import Bar, RefusedError, finish, out_folder, plan, settings_of
+from .plan import ALL_DONE, Bar, RefusedError, finish, out_folder, plan, print_plan, settings_of
 from .request import LocalFile
 from .scheduler import GivenUpError, Report, Settings
 
 # Contents that many jobs use, a style for example, are put into Ray's store once.
 KEPT_CONTENTS = 64
 CLOSE_SECONDS = 15.0
+TOKEN_HINT = "`export RAY_AUTH_MODE=token`, and ~/.ray/auth_token as on its head"
 
 Outcome = dict[str, Any]
 Server = Callable[[], AbstractContextManager[str]]
@@ -43,23 +45,30 @@ def run(options: argparse.Namespace, file: Any) -> int:
     local = options.ray == "local"
     wanted = (options.actors or 1) * (options.cpus or 1)
     more = {"num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)), "include_dashboard": False} if local else {}
-    ray.init(address="local" if local else options.ray, log_to_driver=False, logging_level="warning", **more)
     try:
-        with Journal(out_folder(options)) as journal:
+        ray.init(address="local" if local else options.ray, log_to_driver=False, logging_level="warning", **more)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RefusedError(f"--ray {options.ray}: {error}\nIf the cluster asks for a token: {TOKEN_HINT}") from error
+    try:
+        with contextlib.ExitStack() as stack:
+            journal = None if options.dry_run else stack.enter_context(Journal(out_folder(options)))
             return _run(options, file, journal)
     finally:
         ray.shutdown()
 
 
-def _run(options: argparse.Namespace, file: Any, journal: Journal) -> int:
+def _run(options: argparse.Namespace, file: Any, journal: Journal | None) -> int:
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     by_gpu = options.cpus is None and gpus > 0
     resources: dict[str, float] = {"num_gpus": 1} if by_gpu else {"num_cpus": options.cpus or 1}
     settings = settings_of(options)
-    crew = Crew(options.actors or gpus or 1, resources, settings)
+    crew = Crew(1 if journal is None else options.actors or gpus or 1, resources, settings)
     workflow, jobs = plan(options, file, {"the cluster": crew.definitions()}, journal)
+    if journal is None:
+        print_plan(workflow, jobs)
+        return ALL_DONE
     todo = journal.begin(jobs)
     print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them done before; outputs in {journal.folder}", flush=True)
     stopped = None
@@ -173,7 +182,8 @@ class Crew:
             except ray.exceptions.RayError as error:
                 self.actors.remove(actor)
                 if not self.actors:
-                    raise GivenUpError(f"no ComfyUI starts on the cluster: {error}") from error
+                    last = str(error).strip().splitlines()[-1].strip()
+                    raise GivenUpError(f"no ComfyUI starts on the cluster: {last}") from error
             else:
                 new.append(actor)
         self._there += new

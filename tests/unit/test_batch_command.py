@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from semantic_style.runner import batch, plan
@@ -131,6 +132,22 @@ def test_a_server_that_is_named_twice_is_one(
 ) -> None:
     assert here(monkeypatch, folder, "--server", "127.0.0.1:1", "--server", "http://127.0.0.1:1/") == 2
     assert capfd.readouterr().err.count("no ComfyUI answers") == 1
+
+
+def test_a_cluster_that_cannot_be_reached_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def init(**options: object) -> None:
+        raise ConnectionError("no cluster there")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    given = ("--over", "Load.image=photos", "--ray", "head:6379")
+    assert here(monkeypatch, folder, *given, "--dry-run") == 0, "nothing of the cluster is needed"
+    assert here(monkeypatch, folder, *given) == 2
+    assert "--ray head:6379: no cluster there" in capfd.readouterr().err
+    (folder / "flow.json").write_text(json.dumps({"nodes": [], "links": []}))
+    assert here(monkeypatch, folder, *given, "--dry-run") == 2, "the nodes' definitions are"
+    assert "RAY_AUTH_MODE=token" in capfd.readouterr().err
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
