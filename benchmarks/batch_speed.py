@@ -1,11 +1,12 @@
 """What the batch runner costs: against a bare loop over the API, and on jobs that cost nothing.
 
-python tools/run.py benchmarks.batch_speed [--server ADDRESS] [--jobs 10] [--steps 4] [--rounds 3] [--trivial 1000]
+python tools/run.py benchmarks.batch_speed [--jobs 20] [--seconds 0.5 3] [--rounds 3] [--trivial 1000]
 
-Three parts: many trivial jobs on the stand-in for a server that the tests use, in a process of its own; jobs of half a
-second there; and pictures of the demo model on ComfyUI, which is started where no server is named. The bare loop keeps
-as many graphs in the queue and runs the same ones, in turns with the batch; every round has seeds of its own, so that
-nothing comes from a cache. On a machine that does other things as well, the part in the middle says most. POSIX only.
+Many trivial jobs on the stand-in for a server that the tests use, in a process of its own, and fewer on ComfyUI; then
+jobs of so many seconds on ComfyUI. Those wait and do not compute, so that a machine that does other things as well
+delays both ways alike. The bare loop keeps as many graphs in the queue and runs the same ones, in turns with the batch;
+every round has numbers of its own, so that nothing comes from a cache. How long the server stood idle between its runs,
+which is what a runner can make it lose, is from its own clock. POSIX only.
 """
 
 import argparse
@@ -25,14 +26,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runner import farm
+from ..runner import launch, locate
 from ..runner.api import Api
 from ..runner.outputs import made_files
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKFLOW = ROOT / "workflows" / "api" / "paperland_text_to_image.json"
 STAND_IN = ROOT / "tests" / "stub_comfy.py"
 AHEAD = 2
+WAITING_NODE = """
+import time
+import torch
+
+class Wait:
+    INPUT_TYPES = classmethod(
+        lambda cls: {"required": {"seconds": ("FLOAT", {"default": 0.0}), "number": ("INT", {"max": 2**31})}}
+    )
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "wait", "benchmark"
+
+    def wait(self, seconds, number):
+        time.sleep(seconds)
+        return (torch.full((1, 64, 64, 3), number % 256 / 255),)
+
+NODE_CLASS_MAPPINGS = {"Wait": Wait}
+"""
 
 
 @dataclass(frozen=True)
@@ -58,16 +74,14 @@ def batch(workflow: Path, server: str, over: str, out: Path) -> Cost:
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def idle(server: str, jobs: int) -> float | None:
-    """Share of the time that the server stood idle between its last so many runs, by its own clock if it tells it."""
+def gaps(server: str, jobs: int) -> list[float]:
+    """Milliseconds that the server stood idle before each of its last so many runs but the first, by its own clock."""
     with urllib.request.urlopen(f"http://{server}/history?max_items={jobs}") as answer:
         runs = json.load(answer).values()
-    if not all("timestamp" in data for run in runs for _, data in run["status"]["messages"]):
-        return None
     said = [{kind: data["timestamp"] for kind, data in run["status"]["messages"]} for run in runs]
     spans = sorted((words["execution_start"], words["execution_success"]) for words in said)
     assert len(spans) == jobs
-    return sum(start - end for (_, end), (start, _) in itertools.pairwise(spans)) / (spans[-1][1] - spans[0][0])
+    return [start - end for (_, end), (start, _) in itertools.pairwise(spans)]
 
 
 async def bare(graphs: list[dict], server: str, folder: Path) -> float:
@@ -91,52 +105,59 @@ async def bare(graphs: list[dict], server: str, folder: Path) -> float:
     return time.time() - started
 
 
-def demo_graph(steps: int) -> tuple[dict, str]:
-    """The graph of `paperland_text_to_image` for one picture, and the node that has its seed."""
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    (sampler,) = (number for number, node in workflow.items() if node["class_type"] == "KSampler")
-    workflow[sampler]["inputs"]["steps"] = steps
-    for node in workflow.values():
-        node["inputs"] |= {"batch_size": 1} if "batch_size" in node["inputs"] else {}
-    return workflow, sampler
-
-
-def against_a_bare_loop(server: str, workflow: dict, seeded: str, jobs: int, rounds: int, folder: Path) -> None:
-    """Both ways in turns; where the server's history has times, also how long it was idle."""
-    folder.mkdir()
-    file = folder / "workflow.json"
-    file.write_text(json.dumps(workflow))
-    walls: dict[str, list[float]] = {"bare": [], "batch": []}
-    idles: dict[str, list[float | None]] = {"bare": [], "batch": []}
-    seeds = itertools.count(1)
-    for number in range(-1, rounds):
-        graphs = []
-        for seed in itertools.islice(seeds, jobs):
-            graph = json.loads(file.read_text())
-            graph[seeded]["inputs"]["seed"] = seed
-            graphs.append(graph)
-        measured = {"bare": (asyncio.run(bare(graphs, server, folder)), idle(server, jobs))}
-        over = f"{seeded}.seed=" + "|".join(map(str, itertools.islice(seeds, jobs)))
-        cost = batch(file, server, over, folder / f"round_{number}")
-        measured["batch"] = cost.wall, idle(server, jobs)
-        if number >= 0:  # the first one warms up
-            for way, (wall, share) in measured.items():
-                walls[way].append(wall / jobs)
-                idles[way].append(share)
-    for way in walls:
-        seconds = ", ".join(f"{wall:.3f}" for wall in walls[way])
-        shares = ", ".join(f"{share:.2%}" for share in idles[way] if share is not None)
-        told = f"; the server idle for {shares}" if shares else ""
-        print(f"{way:6} {statistics.median(walls[way]):.3f} s a job ({seconds}){told}")
-    more = [b / a - 1 for a, b in zip(walls["bare"], walls["batch"], strict=True)]
-    print(f"the batch takes {statistics.median(more):+.1%} more ({', '.join(f'{share:+.1%}' for share in more)})")
+def waiting_graph(seconds: float) -> dict:
+    """A picture that takes so long; its node has a number that makes each another one."""
+    made = {"class_type": "Wait", "inputs": {"seconds": seconds, "number": 0}, "_meta": {"title": "Wait"}}
+    saved = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "waited"}}
+    return {"1": made, "2": saved}
 
 
 @contextlib.contextmanager
-def stand_in(seconds: float) -> Iterator[str]:
-    """The address of a stand-in for a server whose runs take so long."""
-    command = [sys.executable, STAND_IN, "--seconds", str(seconds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def comfyui(folder: Path) -> Iterator[str]:
+    """The address of a ComfyUI with a node that waits."""
+    host = locate.find_host(ROOT)
+    if host is None:
+        raise SystemExit(locate.NO_HOST)
+    nodes = folder / "nodes"
+    nodes.mkdir()
+    (nodes / "wait.py").write_text(WAITING_NODE)
+    paths = folder / "paths.yaml"
+    paths.write_text(json.dumps({"benchmark": {"custom_nodes": str(nodes)}}))
+    arguments = ["--extra-model-paths-config", str(paths)]
+    with launch.comfy_server(host, ROOT, log=folder / "comfyui.log", arguments=arguments) as server:
+        yield server.address
+
+
+def against_a_bare_loop(server: str, seconds: float, numbers: Iterator[int], jobs: int, rounds: int, out: Path) -> None:
+    """Both ways in turns: how long a job takes, and how long the server was idle before it."""
+    out.mkdir()
+    file = out / "workflow.json"
+    file.write_text(json.dumps(waiting_graph(seconds)))
+    walls: dict[str, list[float]] = {"bare": [], "batch": []}
+    idle: dict[str, list[float]] = {"bare": [], "batch": []}
+    for number in range(rounds):
+        graphs = []
+        for own in itertools.islice(numbers, jobs):
+            graph = waiting_graph(seconds)
+            graph["1"]["inputs"]["number"] = own
+            graphs.append(graph)
+        walls["bare"].append(asyncio.run(bare(graphs, server, out)) / jobs)
+        idle["bare"] += gaps(server, jobs)
+        over = "Wait.number=" + "|".join(map(str, itertools.islice(numbers, jobs)))
+        walls["batch"].append(batch(file, server, over, out / f"round_{number}").wall / jobs)
+        idle["batch"] += gaps(server, jobs)
+    for way in walls:
+        times = ", ".join(f"{wall:.3f}" for wall in walls[way])
+        middle, late = statistics.median(idle[way]), statistics.quantiles(idle[way], n=10)[-1]
+        print(f"{way:6} {times} s a job; the server idle for {middle:.1f} ms before a run (one of ten over {late:.0f})")
+    more = [b / a - 1 for a, b in zip(walls["bare"], walls["batch"], strict=True)]
+    print(f"the batch takes {', '.join(f'{share:+.2%}' for share in more)} more")
+
+
+@contextlib.contextmanager
+def stand_in() -> Iterator[str]:
+    """The address of a stand-in for a server, whose runs take no time."""
+    with subprocess.Popen([sys.executable, STAND_IN], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield process.stdout.readline().strip()
@@ -144,47 +165,43 @@ def stand_in(seconds: float) -> Iterator[str]:
             process.kill()
 
 
-def trivial(workflow: dict, count: int, folder: Path) -> None:
+def trivial(server: str, workflow: dict, numbered: str, count: int, folder: Path) -> None:
     """Jobs a second, and CPU time and memory that each job more costs."""
+    folder.mkdir()
     file = folder / "trivial.json"
     file.write_text(json.dumps(workflow))
     costs = {}
-    with stand_in(0.0) as server:
-        for jobs in (10, count):
-            texts = folder / f"texts_{jobs}"
-            texts.write_text("\n".join(f"{jobs} {number}" for number in range(jobs)))
-            costs[jobs] = batch(file, server, f"Work.text=@{texts}", folder / f"trivial_{jobs}")
+    for jobs in (10, count):
+        numbers = folder / f"numbers_{jobs}"
+        numbers.write_text("\n".join(str(jobs * 10_000 + number) for number in range(jobs)))
+        costs[jobs] = batch(file, server, f"{numbered}=@{numbers}", folder / f"trivial_{jobs}")
     few, many = costs[10], costs[count]
-    print(f"{count} trivial jobs: {count / many.wall:.0f} jobs a second, the stand-in's work included")
-    print(
-        f"{1000 * (many.cpu - few.cpu) / (count - 10):.2f} ms of CPU a job; {few.cpu:.2f} s for ten jobs and the start"
-    )
+    print(f"{count} trivial jobs: {count / many.wall:.0f} jobs a second, the server's work included")
+    print(f"{1000 * (many.cpu - few.cpu) / (count - 10):.2f} ms of CPU a job; {few.cpu:.2f} s with the start for ten")
     print(f"{many.memory:.0f} MiB at most; {few.memory:.0f} MiB for ten jobs")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", help="a running ComfyUI with the pack")
-    parser.add_argument("--jobs", type=int, default=10, help="of each round")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=20, help="of each round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.5, help="that a run takes on the stand-in")
-    parser.add_argument("--trivial", type=int, default=1000, help="jobs of the second part")
+    parser.add_argument("--seconds", type=float, nargs="*", default=[0.5, 3.0], help="that a run takes")
+    parser.add_argument("--trivial", type=int, default=1000, help="jobs on the stand-in; a third of them on ComfyUI")
     options = parser.parse_args()
     sys.path.insert(0, str(STAND_IN.parent))
     import stub_comfy
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        trivial(stub_comfy.graph(), options.trivial, folder)
-        print(f"\nOn a stand-in whose runs take {options.seconds:g} s:")
-        with stand_in(options.seconds) as server:
-            against_a_bare_loop(server, stub_comfy.graph(), "2", 2 * options.jobs, options.rounds, folder / "stand_in")
-        print(f"\nOn ComfyUI, the demo model's pictures in {options.steps} steps:")
-        with farm.servers(0 if options.server else 1, folder) as started:
-            graph, seeded = demo_graph(options.steps)
-            server = options.server or started[0]
-            against_a_bare_loop(server, graph, seeded, options.jobs, options.rounds, folder / "comfyui")
+        with stand_in() as server:
+            trivial(server, stub_comfy.graph(), "Work.text", options.trivial, folder / "stand_in")
+        with comfyui(folder) as server:
+            print("\nOn ComfyUI:")
+            trivial(server, waiting_graph(0.0), "Wait.number", options.trivial // 3, folder / "comfyui")
+            numbers = itertools.count(1)
+            for seconds in options.seconds:
+                print(f"\nRuns of {seconds:g} s:")
+                against_a_bare_loop(server, seconds, numbers, options.jobs, options.rounds, folder / f"runs_{seconds}")
 
 
 if __name__ == "__main__":
