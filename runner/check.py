@@ -68,12 +68,12 @@ def _value_problems(
             yield f"{place}: {kind} has no such input"
         return
     if isinstance(value, LocalFile):
-        if not takes_uploads(spec):
+        if not takes_uploads(name, spec):
             yield f"{place}: it takes no file"
     elif isinstance(value, list):
         yield from _link_problems(workflow, place, spec, value, definitions)
     else:
-        yield from (f"{place}: {problem}" for problem in _literal_problems(spec, value))
+        yield from (f"{place}: {problem}" for problem in _literal_problems(name, spec, value))
 
 
 def _link_problems(workflow: Graph, place: str, spec: list, link: list, definitions: Definitions) -> Iterator[str]:
@@ -94,11 +94,11 @@ def _link_problems(workflow: Graph, place: str, spec: list, link: list, definiti
         yield f"{place}: it wants {wanted}, and is linked to {sent} of {source}"
 
 
-def _literal_problems(spec: list[Any], value: Any) -> Iterator[str]:
+def _literal_problems(name: str, spec: list[Any], value: Any) -> Iterator[str]:
     kind, options = spec[0], options_of(spec)
     if isinstance(kind, list) or kind in ("COMBO", DYNAMIC[0]):
         choices = kind if isinstance(kind, list) else options.get("options")
-        yield from _choice_problems(spec, choices, value)
+        yield from _choice_problems(name, spec, choices, value)
     elif kind in NUMBERS:
         if not isinstance(value, NUMBERS[kind]) or isinstance(value, bool):
             yield f"{value!r} is no number of type {kind}"
@@ -121,15 +121,16 @@ def _is_socket(spec: list[Any]) -> bool:
     return not str(spec[0]).startswith("COMFY_") and "default" not in options_of(spec) and "," not in str(spec[0])
 
 
-def _choice_problems(spec: list[Any], choices: Any, value: Any) -> Iterator[str]:
+def _choice_problems(name: str, spec: list[Any], choices: Any, value: Any) -> Iterator[str]:
     if not isinstance(choices, list) or options_of(spec).get("remote") or options_of(spec).get("multiselect"):
         return
     plain = [choice.get("key") if isinstance(choice, dict) else choice for choice in choices]
     # The server looks into subfolders and other folders ("a.png [output]") that it does not list.
-    elsewhere = takes_uploads(spec) and isinstance(value, str) and ("/" in value or value.endswith("]"))
+    uploads = takes_uploads(name, spec)
+    elsewhere = uploads and isinstance(value, str) and ("/" in value or value.endswith("]"))
     if value in plain or elsewhere:
         return
-    if takes_uploads(spec):
+    if uploads:
         yield f"{value!r} is no file here and none of the server's inputs"
     elif not plain:
         yield f"{value!r} is missing: the server has none of these files"

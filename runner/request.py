@@ -17,8 +17,9 @@ from .graph import Graph, node_title
 
 NAME_COLUMN = "name"
 PLAIN = ("INT", "FLOAT", "BOOLEAN", "STRING", "COMBO")
-# Inputs of ComfyUI's own nodes that load an uploaded file, for when no server says so.
+# Inputs of nodes that load an uploaded file, for when no server says so.
 UPLOADED = ("image", "video", "audio", "file", "mask", "model_file")
+FILE_NAME = re.compile(r"\.\w{2,5}$")
 
 Target = tuple[str, str]  # node id, input
 
@@ -147,8 +148,8 @@ class Plan:
     def _takes_files(self, target: Target) -> bool:
         spec = self._spec(target)
         current = self.workflow.get(target[0], {"inputs": {}})["inputs"].get(target[1])
-        named = isinstance(current, str) and bool(re.search(r"\.\w{2,5}$", current)) and target[1] in UPLOADED
-        return takes_uploads(spec) if spec is not None else named
+        named = isinstance(current, str) and bool(FILE_NAME.search(current)) and target[1] in UPLOADED
+        return takes_uploads(target[1], spec) if spec is not None else named
 
     def _spec(self, target: Target) -> list[Any] | None:
         node = self.workflow.get(target[0])
@@ -168,9 +169,14 @@ class Plan:
         return typed(value, spec[0] if spec is not None and spec[0] in PLAIN else _kind_of_value(current))
 
 
-def takes_uploads(spec: list[Any] | None) -> bool:
-    """Whether the frontend has a button to upload a file for an input."""
-    return any(value is True and option.endswith("_upload") for option, value in options_of(spec).items())
+def takes_uploads(name: str, spec: list[Any]) -> bool:
+    """Whether the frontend has a button to upload a file for an input.
+
+    Some packs bring their own button; then the input lets one choose among files, under a name that is used for them.
+    """
+    files = isinstance(spec[0], list) and all(isinstance(c, str) and FILE_NAME.search(c) for c in spec[0])
+    told = any(value is True and option.endswith("_upload") for option, value in options_of(spec).items())
+    return told or (files and name in UPLOADED)
 
 
 def typed(text: str, kind: str) -> Any:

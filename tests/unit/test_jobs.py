@@ -45,6 +45,15 @@ def test_a_pattern_or_a_folder_is_a_job_for_each_file(make, photos: Path) -> Non
     assert [job.name for job in make(Request(overs=[f"1.image={photos}/**/*.jpg"]))] == ["a", "b", "d"]
 
 
+@pytest.mark.parametrize("listed", [[], ["a.mp4", "b.webm"]])
+def test_an_input_whose_pack_brings_its_own_upload_button_takes_files(make, stub, photos: Path, listed: list) -> None:
+    definitions = copy.deepcopy(stub.DEFINITIONS)
+    definitions["LoadImage"]["input"]["required"]["image"] = [listed]
+    jobs = make(Request(overs=[f"Load.image={photos}/*.jpg"]), definitions=definitions)
+    assert [job.values["1", "image"] for job in jobs] == [LocalFile(photos / "a.jpg"), LocalFile(photos / "b.jpg")]
+    assert problems(stub.graph(), jobs, definitions) == []
+
+
 def test_several_lists_are_a_product_or_pairs(make, photos: Path) -> None:
     request = Request(overs=[f"Load.image={photos}/*.jpg", "Work.strength=0.5|1"])
     assert [job.name for job in make(request)] == ["a_0.5", "a_1.0", "b_0.5", "b_1.0"]
