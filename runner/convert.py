@@ -47,6 +47,10 @@ class Value:
     controlled: bool = False
 
 
+class Primitive(Value):
+    """That of a primitive node."""
+
+
 @dataclass
 class Scope:
     """The nodes and links of the workflow, or of one use of a subgraph in it."""
@@ -244,10 +248,12 @@ class _Conversion:
         if node.get("mode", 0) == MUTED and name not in self.definitions:
             return None
         if name in REROUTES:
-            return self._input(scope, node, 0, kind, seen)
+            source = self._input(scope, node, 0, kind, seen)
+            # A primitive node sets the widgets that it is linked to itself, no others.
+            return None if isinstance(source, Primitive) else source
         if name == "PrimitiveNode":
             values = node.get("widgets_values") or []
-            return Value(values[0]) if values else None
+            return Primitive(values[0]) if values else None
         if name == "GetNode":
             wanted = (node.get("widgets_values") or [None])[0]
             setters = [n for n in scope.nodes.values() if n["type"] == "SetNode" and wanted in n["widgets_values"]]
@@ -312,7 +318,7 @@ def _is_widget(spec: list[Any]) -> bool:
     options = options_of(spec)
     if options.get("forceInput"):
         return False
-    drawn = bool(options.get("widgetType") or options.get("socketless"))
+    drawn = bool(options.get("widgetType")) or "socketless" in options
     return isinstance(spec[0], list) or spec[0] in (*WIDGETS, *DYNAMIC[:1]) or drawn
 
 

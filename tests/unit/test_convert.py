@@ -63,7 +63,7 @@ DEFINITIONS: dict[str, Any] = {
                     },
                 ],
                 "curve": ["LIST", {"widgetType": "LIST"}],
-                "tint": ["COLOR", {"default": "#000000", "socketless": True}],
+                "tint": ["COLOR", {"default": "#000000", "socketless": False}],
             }
         },
         "output": ["IMAGE"],
@@ -150,6 +150,11 @@ def test_converted_widgets_and_primitive_nodes() -> None:
     graph = to_api(workflow(LOAD, work, SAVE, primitive, links=links), DEFINITIONS)
     assert inputs(graph, "2") == {**EXPECTED["2"]["inputs"], "seed": 99}
     assert "4" not in graph
+    reroute = node(6, "Reroute", [socket("", "*", 3)], "INT")
+    behind = [*LINKS, [3, 4, 0, 6, 0, "INT"], [4, 6, 0, 2, 2, "INT"]]
+    work_behind = {**work, "inputs": [*work["inputs"][:2], socket("seed", "INT", 4, widget=True)]}
+    graph = to_api(workflow(LOAD, work_behind, SAVE, primitive, reroute, links=behind), DEFINITIONS)
+    assert inputs(graph, "2")["seed"] == 7, "the frontend hands it on to nobody behind a reroute"
     linked = node(4, "Work", [socket("image", "IMAGE")], "INT")
     assert inputs(to_api(workflow(LOAD, work, SAVE, linked, links=links), DEFINITIONS), "2")["seed"] == ["4", 0]
 
