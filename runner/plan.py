@@ -108,7 +108,7 @@ class Bar:
 
     def __init__(self, total: int, done: int) -> None:
         self._bar = tqdm(total=total, initial=done, unit="job", disable=None, smoothing=0.05, dynamic_ncols=True)
-        self._shown = 0.0
+        self._node, self._shown = "", 0.0
 
     def __enter__(self) -> Bar:
         return self
@@ -117,11 +117,13 @@ class Bar:
         self._bar.close()
 
     def progress(self, job: Job, progress: Progress) -> None:
-        if time.monotonic() - self._shown < REFRESH_SECONDS:
+        node = f"{job.name}: {progress.title}"
+        soon = time.monotonic() - self._shown < REFRESH_SECONDS
+        if not progress.title or (node == self._node and soon):
             return
-        self._shown = time.monotonic()
+        self._node, self._shown = node, time.monotonic()
         step = f" {progress.value}/{progress.maximum}" if progress.maximum else ""
-        self._bar.set_postfix_str(f"{job.name}: {progress.title}{step}")
+        self._bar.set_postfix_str(node + step)
 
     def ended(self, job: Job, reason: str | None) -> None:
         self._bar.update()

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 
 import pytest
 from semantic_style.runner import batch, plan
-from semantic_style.runner.jobs import hash_of_file
+from semantic_style.runner.graph import Progress
+from semantic_style.runner.jobs import Job, hash_of_file
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = ROOT / "tests" / "stub_comfy.py"
@@ -148,6 +149,15 @@ def test_a_cluster_that_cannot_be_reached_is_said(
     (folder / "flow.json").write_text(json.dumps({"nodes": [], "links": []}))
     assert here(monkeypatch, folder, *given, "--dry-run") == 2, "the nodes' definitions are"
     assert "RAY_AUTH_MODE=token" in capfd.readouterr().err
+
+
+def test_the_bar_shows_the_node_that_runs_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    with plan.Bar(2, 0) as bar:
+        monkeypatch.setattr(bar._bar, "set_postfix_str", shown.append)
+        for title, value in (("Load", 0), ("Work", 0), ("Work", 1), ("", 0)):
+            bar.progress(Job("a"), Progress(0.5, title, value, value))
+    assert shown == ["a: Load", "a: Work"], "steps of one node at most ten times a second"
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
