@@ -74,6 +74,7 @@ def run_batch(stub: ModuleType, tmp_path: Path) -> Callable[..., Seen]:
         settings: Settings = QUICK,
         during: Callable[[Sequence[Any]], Any] | None = None,
         absent: Sequence[str] = (),
+        seconds: float = HTTP_SECONDS,
     ) -> Seen:
         seen = Seen(tmp_path / "out")
 
@@ -83,7 +84,7 @@ def run_batch(stub: ModuleType, tmp_path: Path) -> Callable[..., Seen]:
                     await stack.enter_async_context(server)
                 journal = stack.enter_context(Journal(seen.folder))
                 addresses = [*(server.address for server in stubs), *absent]
-                apis = [Api(address, client_id=journal.client_id, seconds=HTTP_SECONDS) for address in addresses]
+                apis = [Api(address, client_id=journal.client_id, seconds=seconds) for address in addresses]
                 for api in apis:
                     await stack.enter_async_context(api)
                 jobs, _ = make_jobs(stub.graph(), request, stub.DEFINITIONS, journal.digest)

@@ -167,11 +167,11 @@ def test_a_run_on_a_server_that_is_silent_for_long_is_looked_up_where_nobody_els
 ) -> None:
     async def freeze(servers: Sequence[Any]) -> None:
         await asyncio.sleep(0.15)
-        await servers[0].freeze(3)
+        await servers[0].freeze(1.2)
 
     server = stub.Stub(seconds=0.05)
     words = [f"t{i}" for i in range(10)]
-    seen = run_batch([server], texts(tmp_path, words), replace(QUICK, stall=20), during=freeze)
+    seen = run_batch([server], texts(tmp_path, words), replace(QUICK, stall=20), during=freeze, seconds=0.4)
     assert seen.states == {"done": 10}
     assert server.executed == {str([word]): 1 for word in words}
     assert [row.attempts for row in seen.rows] == [1] * 10
@@ -315,7 +315,7 @@ def test_what_could_not_be_taken_from_a_server_is_looked_up_by_the_next_call(stu
 
     server = stub.Stub(seconds=0.1)
     with pytest.raises(asyncio.CancelledError):
-        run_batch([server], texts(tmp_path, ["a", "b"]), during=cancel)
+        run_batch([server], texts(tmp_path, ["a", "b"]), during=cancel, seconds=0.4)
     server.deaf = False
     seen = run_batch([server], texts(tmp_path, ["a", "b"]))
     assert seen.states == {"done": 2}
