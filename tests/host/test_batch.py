@@ -219,7 +219,8 @@ def test_sixty_jobs_with_a_server_killed_and_restarted_another_stalled_and_someb
     said = capfd.readouterr().err
     assert doomed.address in said
     assert comfy_server.address in said
-    assert done_by(out).keys() == {comfy_server.address, doomed.address}
+    # The one that answered nobody may have got no further than somebody else's graphs.
+    assert doomed.address in done_by(out)
     assert sum(done_by(out).values()) == 60
     until(lambda: set(foreign) <= history(comfy_server.address).keys())
     ended = history(comfy_server.address)
