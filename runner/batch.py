@@ -105,7 +105,8 @@ def main(given: Sequence[str] | None = None) -> int:
             return cluster.run(options, workflow)
         with farm.servers(options.start, options.out or out_folder(options)) as started:
             addresses = [*options.server, *started]
-            return _interruptible(run(options, workflow, addresses or [DEFAULT_SERVER], headers))
+            usual = [] if options.ray else [DEFAULT_SERVER]
+            return _interruptible(run(options, workflow, addresses or usual, headers))
     except (RefusedError, ServerError, JobError, ConversionError, JournalError, GivenUpError, farm.FarmError) as error:
         print(f"Nothing was run:\n{_indented(str(error))}", file=sys.stderr)
         return NOT_STARTED

@@ -47,6 +47,8 @@ def plan(
         for problem in problems(workflow, jobs, its_own):
             found.setdefault(problem, []).append(name)
     if found:
+        if journal is None:
+            print_plan(workflow, jobs)
         everywhere = len(known)
         raise RefusedError(
             "\n".join(p if len(names) == everywhere else f"{p} [{', '.join(names)}]" for p, names in found.items())

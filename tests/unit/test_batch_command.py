@@ -78,7 +78,8 @@ def test_a_folder_of_pictures(folder: Path, server: str) -> None:
 
 
 def test_a_dry_run_shows_the_jobs_and_needs_no_server(folder: Path) -> None:
-    ran = run(folder, "--over", "Load.image=photos/p0[01].png", "--set", "Work.seed=5", "--dry-run")
+    nowhere = ("--server", "127.0.0.1:1")
+    ran = run(folder, "--over", "Load.image=photos/p0[01].png", "--set", "Work.seed=5", "--dry-run", *nowhere)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [
         "p00",
@@ -97,6 +98,10 @@ def test_what_is_wrong_is_said_before_the_first_job(folder: Path, server: str) -
     assert ran.returncode == 2
     assert "3.0 is not between 0.0 and 2.0 (jobs: p00_3.0, p01_3.0, p02_3.0 and 17 more)" in ran.stderr
     assert pictures(folder) == set()
+    dry = run(folder, "--set", "Work.strength=3", "--server", server, "--dry-run")
+    assert dry.returncode == 2
+    assert "Work.strength (node 2) = 3.0" in dry.stdout, "jobs are listed all the same"
+    assert "3.0 is not between 0.0 and 2.0" in dry.stderr
     ran = run(folder, "--only", "Saved", "--server", server)
     assert ran.returncode == 2
     assert "--only 'Saved': no node has that title; there are: Load, Save it, Work" in ran.stderr
@@ -125,7 +130,7 @@ def test_nothing_that_is_no_workflow_is_run(folder: Path, server: str, monkeypat
 
 def test_a_file_with_a_byte_order_mark_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "flow.json").write_text((folder / "flow.json").read_text(), encoding="utf-8-sig")
-    assert here(monkeypatch, folder, "--dry-run") == 0
+    assert here(monkeypatch, folder, "--dry-run", "--server", "127.0.0.1:1") == 0
 
 
 def test_a_server_that_is_named_twice_is_one(
