@@ -281,7 +281,7 @@ def test_the_recipes_of_the_docs(
     content = on_the_demo_model(load(Path(workflow).name))
     Path(workflow).write_text(json.dumps(content), encoding="utf-8")
     graph = to_api(content, definitions)
-    smaller = [f"--set={n}.steps=3" for n, node in graph.items() if "steps" in node["inputs"]]
+    smaller = [f"--set={n}.steps=2" for n, node in graph.items() if "steps" in node["inputs"]]
     sides = [(n, side) for n, node in graph.items() for side in ("width", "height") if node["inputs"].get(side) == 512]
     smaller += [f"--set={n}.{side}=64" for n, side in sides]
     assert batch.main([workflow, *given, *smaller, "--server", comfy_server.address]) == 0
