@@ -3,7 +3,7 @@
 Residual and transformer blocks keep their inputs only and are run once more in the backward pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,7 +21,9 @@ _BLOCKS = ("ResBlock", "BasicTransformerBlock", "TransformerBlock", "VanillaTemp
 
 @contextmanager
 def checkpointed(
-    network: nn.Module, around: Callable[[], AbstractContextManager] = nullcontext
+    network: nn.Module,
+    around: Callable[[], AbstractContextManager] = nullcontext,
+    only: Collection[nn.Module] | None = None,
 ) -> Iterator[tuple[nn.Module, ...]]:
     """Inside, the blocks of the network that are found by their class's name are checkpointed; yields them.
 
@@ -31,8 +33,9 @@ def checkpointed(
 
     Args:
         around: makes the context in which the second run takes place.
+        only: these of the blocks (see `outermost`); None for all.
     """
-    blocks = tuple(_outermost(network))
+    blocks = tuple(outermost(network) if only is None else only)
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
@@ -46,12 +49,13 @@ def checkpointed(
                 block.__dict__["forward"] = forward
 
 
-def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+def outermost(module: nn.Module) -> Iterator[nn.Module]:
+    """What of a network can be checkpointed: its blocks that are known by their class's name, none inside another."""
     if any(base.__name__ in _BLOCKS for base in type(module).__mro__):
         yield module
         return
     for child in module.children():
-        yield from _outermost(child)
+        yield from outermost(child)
 
 
 def _checkpointed(block: nn.Module, forward: Callable, around: Callable[[], AbstractContextManager]) -> Callable:

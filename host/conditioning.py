@@ -44,6 +44,12 @@ def active_at(conds: Iterable[dict], sigma: float) -> list[dict]:
     ]
 
 
+def tokens_of(cond: dict) -> int:
+    """Tokens of a processed condition's prompt, 0 where it has none."""
+    context = getattr(cond.get("model_conds", {}).get("c_crossattn"), "cond", None)
+    return context.shape[1] if isinstance(context, Tensor) else 0
+
+
 def of_areas(conds: Iterable[dict]) -> bool:
     """Whether a condition (the guider's form) is for a part of the picture and not for the whole, masked or not."""
     return any(c.get(name) for c in conds for name in _OF_AREAS)

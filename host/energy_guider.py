@@ -16,16 +16,17 @@ from torch import Tensor
 from ..attention.layers import cross_attention_layers, feature_blocks
 from ..samplers.features import FeatureTap
 from ..samplers.finite import FiniteWatch
-from ..samplers.guidance import clamped, energy_gradient, with_guidance
+from ..samplers.guidance import clamped, energy_gradient, step_of, with_guidance
 from ..samplers.guidance_report import GuidanceReport
 from ..samplers.terms import Energy, Key, Resampled, Stream, Term, active_terms
-from .conditioning import active_at, of_areas
+from .conditioning import active_at, of_areas, tokens_of
 from .extra_calls import leave_step_caches
-from .gradients import WHY_CHECKPOINTED, constant_controls, differentiable, must_checkpoint, ordinary
+from .gradient_memory import Call, Choice, choose_for, energy_bytes, graph_parts
+from .gradients import constant_controls, differentiable, ordinary
 from .graph_memory import GraphMemory
 from .levels import levels_of, saying_level
 from .model_sampling import check_unet
-from .models import check_same, identify
+from .models import check_same, computed_in, identify
 from .progress import with_time_left
 from .reference_cache import CACHE, ReferenceCache
 from .references import References
@@ -46,8 +47,10 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         model: the host's MODEL, used as it is and given back as it was.
         positive, negative: the host's CONDITIONING; negative is not evaluated at cfg 1.
         energy: see `samplers.guidance`; its streams' conditioning are CONDITIONING or None.
-        checkpointing: less memory for the gradient, more time.
+        checkpointing: less memory for the gradient, more time: of all blocks, or of as few as make a step fit.
         allow_other_model: references may have been inverted with another checkpoint of the same structure.
+        every: the gradient is made in the first step at which the energy acts and in every n-th after it; the steps
+            between are guided by the last one.
         cache: of reference features, None for none.
         listen: called with what a run's guidance did, at its end, also when it failed or was cancelled.
     """
@@ -62,6 +65,7 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         *,
         checkpointing: bool = False,
         allow_other_model: bool = False,
+        every: int = 1,
         cache: ReferenceCache | None = CACHE,
         listen: Callable[[GuidanceReport], None] | None = None,
     ) -> None:
@@ -71,6 +75,7 @@ class EnergyGuider(comfy.samplers.CFGGuider):
         self.energy = energy
         self.checkpointing = checkpointing
         self.allow_other_model = allow_other_model
+        self.every = every
         self.cache = cache
         self.listen = listen
         self._run: _GuidedRun | None = None
@@ -81,17 +86,19 @@ class EnergyGuider(comfy.samplers.CFGGuider):
             kwargs["callback"] = with_time_left(kwargs["callback"])
         return super().sample(noise, latent_image, sampler, *args, **kwargs)
 
-    def outer_sample(self, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def outer_sample(
+        self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """As the host's; raises ValueError before anything is loaded when model, energy, prompts and latent do not
         fit.
         """
         check_energy(self.model_patcher, self.energy, noise.shape, self.allow_other_model)
         check_prompts(self.original_conds.get("positive", ()))
         report = GuidanceReport(notes=notes(self.energy, noise.shape))
-        self._run = _GuidedRun(self, report)
+        self._run = _GuidedRun(self, report, sigmas.tolist())
         leave_step_caches(self)
         try:
-            samples = super().outer_sample(noise, *args, **kwargs)
+            samples = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
             self._run.watch.finish()
         except FloatingPointError:
             # What is not finite in the guidance is so in all that comes of it.
@@ -127,6 +134,11 @@ class EnergyGuider(comfy.samplers.CFGGuider):
             run.report.plain_forwards += 1
             run.report.unprompted += bool(terms)
             return super().predict_noise(x, timestep, model_options, seed)
+        if not run.guides(level):
+            run.report.held += 1
+            run.report.plain_forwards += 1
+            assert run.held is not None
+            return with_guidance(super().predict_noise(x, timestep, model_options, seed), run.held, level)
         step = _Step(run, terms, level, x)
         model_options = saying_level(model_options, timestep, level)
         # Through the host's own function, found at call time: AnimateDiff-Evolved puts its own in that place.
@@ -140,16 +152,26 @@ class EnergyGuider(comfy.samplers.CFGGuider):
             model_options=step.options(model_options),
             seed=seed,
         )
-        return with_guidance(denoised, step.guidance(), level)
+        run.held = step.guidance()
+        return with_guidance(denoised, run.held, level)
 
 
 class _GuidedRun:
     """What one run of a guider needs at every step; `begin` comes with the first call, when the model is loaded."""
 
-    def __init__(self, guider: EnergyGuider, report: GuidanceReport) -> None:
-        self.guider, self.report = guider, report
+    def __init__(self, guider: EnergyGuider, report: GuidanceReport, sigmas: list[float]) -> None:
+        self.guider, self.report, self.sigmas = guider, report, sigmas
         self.resampled, self.watch = Resampled(), FiniteWatch()
         self.device: torch.device | None = None
+        self.first: int | None = None
+        self.held: Tensor | None = None
+
+    def guides(self, level: float) -> bool:
+        """Whether a gradient is made at a level at which terms act: in the first such step and every n-th after it."""
+        step = step_of(level, self.sigmas)
+        if self.first is None:
+            self.first = step
+        return (step - self.first) % self.guider.every == 0
 
     def begin(self, device: torch.device) -> None:
         if self.device is not None:
@@ -160,20 +182,40 @@ class _GuidedRun:
         self.layers = layers if any(layers) else ()
         self.attend = comfy.ldm.modules.attention.optimized_attention_masked
         self.memory = GraphMemory(unet)
-        self.checkpointing = guider.checkpointing
-        if not self.checkpointing and must_checkpoint(guider.model_patcher):
-            logging.info("Semantic Style: the gradient is checkpointed. %s", WHY_CHECKPOINTED)
-            self.checkpointing = True
-        self.report.checkpointed = self.checkpointing
+        self.choices: dict[Call, Choice] = {}
         # Maps also for terms of weight 0, so that turning one up finds them in the cache.
         mapped = {t.stream.key for t in guider.energy.terms if t.needs_maps}
         streams: dict[Key, tuple[Stream, bool]] = {
             key: (stream, key in mapped and bool(self.layers)) for key, stream in guider.energy.streams.items()
         }
         self.references = References(guider, streams, self.blocks, self.layers, self.attend, guider.cache)
-        self.dtype = getattr(guider.inner_model, "manual_cast_dtype", None) or guider.inner_model.get_dtype()
+        self.dtype = computed_in(guider.inner_model)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+    def choice(self, x: Tensor, positive: list[dict[str, Any]], level: float) -> Choice:
+        """Which blocks to checkpoint in a call for latents x [R, C, h, w]."""
+        unet, terms = self.guider.inner_model.diffusion_model, self.guider.energy.terms
+        active = active_at(positive, level)
+        mapped = self.layers if any(t.needs_maps and t.weight > 0 for t in terms) else ()
+        call = Call(
+            rows=len(x) * len(active),
+            size=(x.shape[-2], x.shape[-1]),
+            dtype=self.dtype,
+            device=x.device,
+            tokens=max(map(tokens_of, active)),
+            until=self.blocks[-1],
+            maps=tuple(layer for stage in mapped for layer in stage),
+        )
+        if call not in self.choices:
+            parts, beside = graph_parts(unet, call), energy_bytes(unet, call)
+            settings: dict[str, Any] = {"always": self.guider.checkpointing, "what": "a guided step"}
+            choice = choose_for(self.guider, parts, *beside, x.device, **settings)
+            self.choices[call] = choice
+            if choice.need >= self.report.foreseen_bytes:
+                self.report.checkpointed, self.report.blocks = len(choice.blocks), choice.total
+                self.report.foreseen_bytes = choice.need
+        return self.choices[call]
 
     def finish(self) -> None:
         """Enter what is known at the end only."""
@@ -225,6 +267,8 @@ class _Step:
         run, report = self.run, self.run.report
         comfy.model_management.throw_exception_if_processing_interrupted()
         window = window_of_call(model_options.get("transformer_options", {}))
+        # Before anything of the step is computed: it may not fit.
+        choice = run.choice(x, conds[0], self.level)
         rows, frames, lead = (window.rows, window.frames, len(window.anchors)) if window else (None, None, 0)
         references = {
             key: {prompt: f.rows(slice(lead, None)) if f.count > 1 else f for prompt, f in of.items()}
@@ -232,7 +276,7 @@ class _Step:
         }
         maps = any(t.needs_maps for t in self.terms)
         tap = FeatureTap(run.blocks, run.layers if maps else None, run.attend, cut=True, leading=lead)
-        with differentiable(run.guider.model_patcher, model_options, checkpointing=run.checkpointing) as options:
+        with differentiable(run.guider.model_patcher, model_options, checkpointing=choice.blocks) as options:
             options["transformer_options"] = tap.options(options["transformer_options"])
             positive, sigma = ordinary(constant_controls([conds[0]])), ordinary(timestep)
             options = saying_level(options, sigma, self.level)
@@ -358,12 +402,16 @@ def summary(report: GuidanceReport) -> str:
     if report.steps:
         mean, most = (math.fsum(table["gradient"]) / len(report.steps), max(table["saturated"]))
         parts.append(f"mean gradient {mean:.3g}, at most {most:.1%} of it clamped")
+    if report.held:
+        parts.append(f"{report.held} calls guided by the gradient of a step before")
     if report.unprompted:
         parts.append(f"{report.unprompted} steps not guided, since no positive prompt is active there")
     if report.cache_bytes:
         parts.append(f"{report.cache_bytes / 2**20:.0f} MB of reference features kept in RAM")
     if report.checkpointed:
-        parts.append("checkpointed")
+        parts.append(f"{report.checkpointed} of {report.blocks} blocks checkpointed")
+    if report.foreseen_bytes:
+        parts.append(f"{report.foreseen_bytes / 2**20:.0f} MB foreseen for a guided step")
     if report.graph_bytes:
         parts.append(f"{report.graph_bytes / 2**20:.0f} MB kept for a backward pass")
     if report.peak_bytes:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from .versions import is_clone, lends_weights, without_clones
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-__all__ = ["RECOMPUTE", "constant_controls", "differentiable", "must_checkpoint", "ordinary"]
+__all__ = ["RECOMPUTE", "constant_controls", "differentiable", "must_checkpoint", "ordinary", "parts_of"]
 
 WHY_CHECKPOINTED = (
     "ComfyUI streams this model's weights, and a gradient has to keep its own copies of them: those of one block at a "
@@ -29,7 +29,7 @@ WHY_CHECKPOINTED = (
 
 @contextmanager
 def differentiable(
-    patcher: "ModelPatcher", model_options: dict[str, Any], *, checkpointing: bool = False
+    patcher: "ModelPatcher", model_options: dict[str, Any], *, checkpointing: bool | Collection[nn.Module] = False
 ) -> Iterator[dict[str, Any]]:
     """Enter this around one call of a loaded model and its backward pass, inside the host's inference mode or not.
 
@@ -39,13 +39,13 @@ def differentiable(
     Args:
         patcher: the loaded model, usually the guider's `model_patcher`.
         model_options: the options of this step; left as they are.
-        checkpointing: keep less of the graph and run residual and transformer blocks twice (see
+        checkpointing: keep less of the graph and run residual and transformer blocks, all or these, twice (see
             `checkpointing.checkpointed`: hooks that record have to know).
 
     Yields:
         The options to hand to `comfy.samplers.calc_cond_batch` in their place.
     """
-    parts = _parts(patcher)
+    parts = parts_of(patcher)
     call = _Call(patcher, any(map(lends_weights, parts)))
     options = without_clones(comfy.model_patcher.create_model_options_clone(model_options))
     to = options.setdefault("transformer_options", {})
@@ -64,7 +64,8 @@ def differentiable(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(ordinary_weights(*(part.model for part in parts)))
         if checkpointing:
-            stack.enter_context(checkpointed(patcher.model.diffusion_model, call.around))
+            only = None if checkpointing is True else checkpointing
+            stack.enter_context(checkpointed(patcher.model.diffusion_model, call.around, only))
         yield options
 
 
@@ -93,10 +94,10 @@ def _apart_from_graph(patches: Any) -> Any:
 def must_checkpoint(patcher: "ModelPatcher") -> bool:
     """Whether the graph of a whole call would hold a copy of all weights of the loaded model, because the host uses
     their memory again (see `versions.lends_weights`). With checkpointing it is a block's at a time."""
-    return any(map(lends_weights, _parts(patcher)))
+    return any(map(lends_weights, parts_of(patcher)))
 
 
-def _parts(patcher: "ModelPatcher") -> list["ModelPatcher"]:
+def parts_of(patcher: "ModelPatcher") -> list["ModelPatcher"]:
     """Whatever may run in a call of the model."""
     parts = [patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]
     return [part for part in parts if isinstance(getattr(part, "model", None), nn.Module) and not is_clone(part)]

@@ -19,11 +19,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..samplers.word_learning import JUDGED_LEVELS, Learned, LearningSettings, check_saliency, learn
-from .conditioning import has_motion, stream_conds
+from .conditioning import has_motion, stream_conds, tokens_of
 from .extra_calls import extra_call_options
-from .gradients import WHY_CHECKPOINTED, differentiable, must_checkpoint, ordinary
+from .gradient_memory import Call, Choice, choose_for, graph_parts, text_bytes
+from .gradients import differentiable, ordinary
 from .model_sampling import check_unet
-from .models import check_channels
+from .models import check_channels, computed_in
 from .progress import TimeLeft
 from .pseudo_words import Prompt
 
@@ -43,7 +44,7 @@ class LearningTask:
         latent: [B, C, *S] pictures of the subject in the host's coordinates.
         saliency: [1 or B, h, w] on the latent's grid; None for the whole picture.
         settings: see `samplers.embedding`.
-        checkpointing: less memory for the gradient, more time.
+        checkpointing: less memory for the gradient, more time: of all blocks, or of as few as make a step fit.
         broken_off: gets what was learnt when the run is cancelled or fails after its first step.
     """
 
@@ -125,11 +126,9 @@ class _Learning(comfy.samplers.Sampler):
 
         # The pseudo-word is learnt from the model as it is: what is patched onto its attention (IPAdapter, SCSA) would
         # explain the picture in its place.
-        options, checkpointing = extra_call_options(extra_args["model_options"]), task.checkpointing
-        if not checkpointing and must_checkpoint(model_wrap.model_patcher):
-            logging.info("Semantic Style: the gradient is checkpointed. %s", WHY_CHECKPOINTED)
-            checkpointing = True
-        with bar, differentiable(model_wrap.model_patcher, options, checkpointing=checkpointing) as own:
+        options = extra_call_options(extra_args["model_options"])
+        blocks = self._choice(model_wrap, noise.device).blocks
+        with bar, differentiable(model_wrap.model_patcher, options, checkpointing=blocks) as own:
             start = ordinary(task.prompt.start)
             clean, saliency, levels = (ordinary(t.to(noise.device)) for t in (latent_image, self.saliency, self.levels))
             self.learned = learn(
@@ -144,14 +143,24 @@ class _Learning(comfy.samplers.Sampler):
             )
         return latent_image
 
+    def _choice(self, guider: Any, device: torch.device) -> Choice:
+        """Which blocks to checkpoint; raises MemoryError where a step of the learning would not fit."""
+        task, inner = self.task, guider.inner_model
+        tokens = max(map(tokens_of, guider.conds["positive"]))
+        size = (task.latent.shape[-2], task.latent.shape[-1])
+        call = Call(task.settings.batch, size, computed_in(inner), device, tokens)
+        parts = graph_parts(inner.diffusion_model, call)
+        kept = text_bytes(task.prompt.clip.cond_stage_model, tokens)
+        settings: dict[str, Any] = {"always": task.checkpointing, "what": "a step of the learning"}
+        return choose_for(guider, parts, kept, 0, device, **settings)
+
 
 class _Predict:
     """The guider's model as `samplers.embedding` calls it: one prompt, no guidance."""
 
     def __init__(self, guider: Any, model_options: dict[str, Any]) -> None:
         self.guider, self.model_options = guider, model_options
-        inner = guider.inner_model
-        self.dtype = getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
+        self.dtype = computed_in(guider.inner_model)
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: list) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()

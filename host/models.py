@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ PROBED_TENSORS, PROBED_VALUES = 16, 16
 SAME_WEIGHTS, SAME_WEIGHTS_8_BIT, SAME_WEIGHTS_4_BIT = 0.01, 0.08, 0.2
 # What quantised layers keep beside their weights; the checkpoint that they were made from has none of it.
 _OF_QUANTISATION = ("scale_weight", "scale_input", "input_scale", "pre_quant_scale")
+
+
+def computed_in(inner: Any) -> torch.dtype:
+    """The dtype in which the host's inner model is run."""
+    return getattr(inner, "manual_cast_dtype", None) or inner.get_dtype()
 
 
 def check_channels(model: "ModelPatcher", latent: Tensor) -> None:

@@ -29,7 +29,7 @@ from ..samplers.word_learning import (
 )
 from .late import attempt
 from .nodes_inversion import MAX_SEED
-from .schema import advanced, schema
+from .schema import checkpointing_input, schema
 from .types import Inversion as InversionSocket
 
 CATEGORY = "semantic_style/spin"
@@ -155,14 +155,7 @@ class SpinEmbedding(io.ComfyNode):
                     tooltip="Part of the noise levels, from the cleanest on, that is not learnt from. 0 as published; "
                     "a third makes the word say colours and shapes rather than the grain of this one picture.",
                 ),
-                advanced(
-                    io.Boolean.Input(
-                        "checkpointing",
-                        default=False,
-                        optional=True,
-                        tooltip="Half the memory for the gradient or less, about a third more time.",
-                    )
-                ),
+                checkpointing_input(),
             ],
             outputs=[
                 io.Conditioning.Output(

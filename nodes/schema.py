@@ -19,3 +19,18 @@ def advanced(field: io.Input) -> io.Input:
     """An input that few need: hosts that can fold such inputs away show it when asked to, others always."""
     field.extra_dict = {**field.extra_dict, "advanced": True}
     return field
+
+
+def checkpointing_input() -> io.Input:
+    """Public since it was a plain switch, off by default: what was saved as off is chosen by free memory now."""
+    return advanced(
+        io.Boolean.Input(
+            "checkpointing",
+            default=False,
+            label_on="always",
+            label_off="auto",
+            optional=True,
+            tooltip="Auto: for the gradient as few blocks of the model run twice as make it fit into free memory. "
+            "Always: all of them, about one more model call of time per step. The result is the same.",
+        )
+    )

@@ -10,7 +10,7 @@ one by x. One clamp on the sum; it bounds a step, not a run.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -22,6 +22,7 @@ from .guidance_report import StepReport
 from .terms import Frames, Key, Resampled, Term
 
 LIMIT = 1.0  # of an element of the guidance, in units of the noise prediction
+SAME_LEVEL = 1e-4  # relative: what rounding may make of a level
 
 NOT_SEEN = (
     "the model's decoder was not seen in a call for the whole picture: energies need a UNet, and prompts that cover "
@@ -118,6 +119,13 @@ def clamped(
     size = gradient.abs()
     report = StepReport(sigma, energies, size.mean(), (size > LIMIT).float().mean())
     return gradient.clamp(-LIMIT, LIMIT), report
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """Number of the step `sigmas[i] >= sigma > sigmas[i + 1]` of a falling schedule that a level lies in, 0 for one
+    above it. A sampler may call the model several times in a step.
+    """
+    return max(0, sum(s >= sigma * (1 - SAME_LEVEL) for s in sigmas) - 1)
 
 
 def with_guidance(denoised: Tensor, guidance: Tensor, sigma: float | Tensor) -> Tensor:

@@ -32,7 +32,10 @@ class GuidanceReport:
         gradient_forwards, backwards, plain_forwards: calls of the network for the picture being made.
         reference_forwards, reference_reused: calls for references, and those that a cache saved.
         unprompted: calls at whose level no positive prompt was active, which were not guided.
-        checkpointed: the backward passes made blocks' tensors once more, to save memory.
+        held: calls that were guided by the gradient of a step before.
+        checkpointed, blocks: of how many blocks the backward passes made the tensors once more, to save memory, and
+            how many there are.
+        foreseen_bytes: what a guided step was thought to take besides the model.
         cache_bytes: features of references that are kept in RAM after the run.
         graph_bytes: tensors that one step keeps for its backward pass, 0 where not measured.
         peak_bytes: the device's peak memory in the run, 0 where it cannot be known.
@@ -46,7 +49,10 @@ class GuidanceReport:
     reference_forwards: int = 0
     reference_reused: int = 0
     unprompted: int = 0
-    checkpointed: bool = False
+    held: int = 0
+    checkpointed: int = 0
+    blocks: int = 0
+    foreseen_bytes: int = 0
     cache_bytes: int = 0
     graph_bytes: int = 0
     peak_bytes: int = 0

@@ -151,6 +151,54 @@ def test_a_run_counts_its_evaluations_and_reuses_references(model, context, refe
     assert "reused" in summary(report)
 
 
+class TwoLevels(comfy.samplers.Sampler):
+    """A sampler that asks for predictions of one latent at the levels of its schedule, and keeps them."""
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=0):
+        self.denoised = [guider(noise, sigma.expand(len(noise)), **extra_args) for sigma in sigmas[:-1]]
+        return noise
+
+
+def test_a_step_without_a_gradient_asks_the_model_for_nothing_more_and_takes_the_last_one(model, context, reference):
+    calls = []
+    handle = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    guider = guider_of(model, semantix(context, reference), every=2)
+    run(guider, context)
+    # Forward with gradient, forward without and two references; prompts together in one call.
+    assert calls == [1, 1, 1, 1, 2] * (STEPS // 2)
+    report = guider.report
+    assert (report.gradient_forwards, report.backwards, len(report.steps), report.held) == (2, 2, 2, 2)
+    assert "2 calls guided by the gradient of a step before" in summary(report)
+    calls.clear()
+    late = guider_of(model, semantix(context, reference, start=0.5), every=3)
+    run(late, context)
+    handle.remove()
+    assert calls == [2, 2, 1, 1, 1, 1, 2], "counted from the first step at which the energy acts"
+
+    x, sigmas = context.at(1.2) + 0.3 * latent(1, 4, 16, 8, seed=9) * 0.18215, torch.tensor([1.2, 0.9, 0.0])
+    plain = comfy.samplers.CFGGuider(model)
+    plain.set_conds(POSITIVE, NEGATIVE)
+    plain.set_cfg(CFG)
+    of = {}
+    for name, asking in (("plain", plain), ("guided", guider)):
+        asked = TwoLevels()
+        asking.sample(x, torch.zeros_like(x), asked, sigmas, disable_pbar=True, seed=0)
+        of[name] = asked.denoised
+    g, same = ((of["plain"][i] - of["guided"][i]) / sigmas[i] for i in (0, 1))
+    assert g.abs().max() > 0.1
+    torch.testing.assert_close(same, g, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sampler_that_asks_several_times_in_a_step(model, context, reference):
+    """heun's second call is at the next step's level, which decides."""
+    guider = guider_of(model, semantix(context, reference), every=2)
+    x = latent(1, 4, 16, 8, seed=3)
+    sampler = comfy.samplers.sampler_object("heun")
+    guider.sample(x, torch.zeros_like(x), sampler, context.sigmas, disable_pbar=True, seed=0)
+    assert [s.sigma for s in guider.report.steps] == pytest.approx(context.sigmas[[0, 2, 2]].tolist())
+    assert guider.report.held == 4
+
+
 def test_what_a_user_turns_keeps_the_cache_and_what_features_depend_on_does_not(model, context, reference):
     cache = ReferenceCache(10**8)
 

@@ -185,7 +185,7 @@ def test_inputs_that_few_need_can_be_folded_away(comfy_client, schemas: dict) ->
     info = comfy_client.object_info()
     given = [spec for name in schemas for group in info[name]["input"].values() for spec in group.items()]
     folded = {name for name, (_, *told) in given if told and told[0].get("advanced")}
-    names = "allow_other_model checkpointing batch_steps refine smallest gaps cfg learning_rate side skip"
+    names = "allow_other_model checkpointing guide_every batch_steps refine smallest gaps cfg learning_rate side skip"
     assert folded == set(names.split())
 
 

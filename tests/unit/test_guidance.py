@@ -13,7 +13,7 @@ from semantic_style.samplers.ddpm_inversion import ddpm_inversion
 from semantic_style.samplers.energies import semantic_distance, spatial_feature_energy, style_feature_energy
 from semantic_style.samplers.features import RECOMPUTE, Features, FeatureTap
 from semantic_style.samplers.finite import FiniteWatch
-from semantic_style.samplers.guidance import clamped, energy_gradient, total_energy, with_guidance
+from semantic_style.samplers.guidance import clamped, energy_gradient, step_of, total_energy, with_guidance
 from semantic_style.samplers.matching import find_matches
 from semantic_style.samplers.replay import replay
 from semantic_style.samplers.step_adain import StepAdaIN
@@ -406,6 +406,12 @@ def test_the_clamp_is_on_the_sum_and_is_reported():
     assert report.size == 1.25
     with pytest.raises(FloatingPointError, match=r"step 7, sigma 2, with the model in torch.float16"):
         clamped(gradient * math.nan, 2.0, {}, 7, torch.float16, FiniteWatch())
+
+
+def test_the_step_of_a_level():
+    sigmas = [8.0, 4.0, 2.0, 0.0]
+    levels = {9.0: 0, 8.0: 0, 5.0: 0, 4.0 * (1 + 1e-6): 1, 4.0: 1, 2.5: 1, 2.0: 2, 0.1: 2}
+    assert {level: step_of(level, sigmas) for level in levels} == levels
 
 
 def test_a_guided_replay_lowers_what_it_weighs(model, prompts, inversions):
