@@ -14,7 +14,7 @@ from .semantix_quality import WEIGHTS, Inputs, measure
 
 NAMES = ("style_weight", "spatial_weight", "semantic_weight", "position_weight")
 ALL = "every step"
-PAGE = report.DOCS / "semantix.md"
+PAGE = report.DOCS / "gradient.md"
 
 
 def settings() -> dict[str, Inputs]:
@@ -29,11 +29,11 @@ def settings() -> dict[str, Inputs]:
     }
 
 
-def gather(found: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]]) -> str:
     """A row for each setting: figures and their paired differences from a gradient in every step."""
     per_pair = report.by_name([f["figures"] for f in found])
     rows = []
-    for name in settings():
+    for name in (name for name in per_pair if name in settings()):
         cells = [name]
         for figure in ("style", "structure", "score"):
             values = per_pair[name][figure]
@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     chosen = settings()
     mark, work = pool.fingerprint(chosen, options.steps), partial(measure, chosen, options.steps)
-    table = gather(pool.measured(work, report.numbers(options), options.out, mark, options.workers))
-    print(table)
+    made = table(pool.measured(work, report.numbers(options), options.out, mark, options.workers))
+    print(made)
     if options.write:
-        report.write_tables(PAGE, {"fewer gradients": table})
+        report.write_tables(PAGE, {"fewer gradients": made})

@@ -15,6 +15,7 @@ import pytest
 from semantic_style.benchmarks import (
     flicker_quality,
     flow_inversion,
+    guidance_steps,
     pool,
     report,
     saliency_quality,
@@ -77,6 +78,15 @@ def test_semantix(tmp_path: Path) -> None:
     assert gathered["full_ahead_by_score"]["full"] == {"mean": 0.0, "error": 0.0, "share": 0.0}
     text = written(semantix_quality, gathered, "semantix", tmp_path)
     assert f"| full, true maps | {figures['full, true maps']['color']:.3f} |" in text
+
+
+def test_fewer_gradients() -> None:
+    chosen = some(guidance_steps.settings(), guidance_steps.ALL, "every 2nd step")
+    head, _, plain, fewer = guidance_steps.table([semantix_quality.measure(chosen, STEPS, n) for n in (0, 1)]).split(
+        "\n"
+    )
+    assert head.count("difference") == fewer.count("±") == 3
+    assert "±" not in plain
 
 
 def test_scsa(tmp_path: Path) -> None:

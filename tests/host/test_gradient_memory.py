@@ -8,11 +8,13 @@ import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import torch
+from semantic_style.benchmarks import gradient_memory
 from semantic_style.benchmarks.live_memory import LiveMemory
 from semantic_style.benchmarks.random_models import (
     ReportingGuider,
     conditioning,
     pooled_conditioning,
+    sd15_config,
     small_sd15,
     small_sdxl,
 )
@@ -170,3 +172,17 @@ def test_a_step_of_learning_a_word_fits_where_it_is_made_to(kind, free, caplog, 
     free(10**5)
     with pytest.raises(MemoryError, match="a step of the learning takes about"):
         learnt()
+
+
+def test_the_benchmark_measures_without_computing_anything(monkeypatch):
+    """A card that is a little small for the guided step, to which the host's weights leave some megabytes."""
+    config = sd15_config(WIDTH)
+    monkeypatch.setattr(gradient_memory, "CARDS", {"small": gradient_memory.TAKEN + 40 * 2**20})
+    with torch.inference_mode(False):
+        guided, learning = gradient_memory.rows_of("narrow", config, 256)
+    for (_, weights, none, foreseen, every, least, blocks, measured), total in ((guided, 32), (learning, 38)):
+        assert float(foreseen) == pytest.approx(float(none), rel=NEAR)
+        assert float(least) == pytest.approx(float(every), rel=NEAR)
+        assert float(every) < float(none)
+        assert blocks.split(" ")[2] == str(total)
+        assert measured == "as before" or float(measured) <= 40 - float(weights)
