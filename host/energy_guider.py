@@ -199,11 +199,11 @@ class _GuidedRun:
         active = active_at(positive, level)
         mapped = self.layers if any(t.needs_maps and t.weight > 0 for t in terms) else ()
         call = Call(
-            rows=len(x) * len(active),
+            rows=len(x) * max(1, len(active)),
             size=(x.shape[-2], x.shape[-1]),
             dtype=self.dtype,
             device=x.device,
-            tokens=max(map(tokens_of, active)),
+            tokens=max(map(tokens_of, active), default=0),
             until=self.blocks[-1],
             maps=tuple(layer for stage in mapped for layer in stage),
         )

@@ -23,7 +23,7 @@ from ..samplers.matching import CHUNK_BYTES
 from .checkpointing import outermost
 from .gradients import WHY_CHECKPOINTED, must_checkpoint, parts_of
 from .reference_cache import usable_ram
-from .versions import free_memory
+from .versions import free_memory, values_in
 
 EXACT = 4  # bytes of a float32
 # Bytes for every value of the features: what the energies keep, references among it, and what they pass through.
@@ -74,8 +74,8 @@ class Call:
 
     def copies(self, module: nn.Module) -> int:
         """Bytes of the weights that are made for the call."""
-        weights = (w for w in module.parameters() if w.device != self.device or w.dtype != self.dtype)
-        return sum(w.numel() for w in weights) * self.dtype.itemsize
+        made = (w for w in module.parameters() if w.device != self.device or values_in(w) != self.dtype)
+        return sum(w.numel() for w in made) * self.dtype.itemsize
 
 
 def graph_parts(unet: nn.Module, call: Call) -> list[Part]:
@@ -96,7 +96,7 @@ def graph_parts(unet: nn.Module, call: Call) -> list[Part]:
 def energy_bytes(unet: nn.Module, call: Call) -> tuple[int, int]:
     """What the energies keep of the features of the last stages until the backward pass, and what they pass through."""
     stages = [
-        (layer.conv.out_channels, math.prod(size))
+        (getattr(layer, "conv", layer).out_channels, math.prod(size))
         for layer, size in _layers(unet, call)
         if type(layer).__name__ == "Upsample"
     ][-STAGES:]
@@ -121,7 +121,8 @@ def _layers(unet: nn.Module, call: Call) -> Iterator[tuple[nn.Module, tuple[int,
             if type(layer).__name__ == "Downsample":
                 size = (-(-size[0] // 2), -(-size[1] // 2))
         skips.append(size)
-    yield from ((layer, size) for layer in unet.middle_block)
+    # Distilled models may have none.
+    yield from ((layer, size) for layer in unet.middle_block or ())
     for block in list(unet.output_blocks)[: call.until]:
         size = skips.pop()
         for layer in block:

@@ -75,6 +75,11 @@ def values_of(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if hasattr(tensor, "__tensor_flatten__") else tensor
 
 
+def values_in(weight: Tensor) -> torch.dtype | None:
+    """The dtype of a weight's values; None for a quantised one, whose layer makes ordinary numbers of it."""
+    return None if hasattr(weight, "__tensor_flatten__") else weight.dtype
+
+
 def storage_of(weight: Tensor) -> tuple[int, str]:
     """How many bits each value of a weight takes in memory, scales aside, and what they are called."""
     held = max(memory_of(weight), key=lambda part: part.numel() * part.element_size())

@@ -247,7 +247,7 @@ LAYOUTS = {
         note="Choose a checkpoint and two pictures, and write what the context shows. Any SD1.x, SD2.x or SDXL "
         "checkpoint does (SDXL: scale to 1024).\n\n"
         "More **style_weight**: more of the reference's look. More **spatial_weight**: more of the context's shapes. "
-        "Out of memory: switch **checkpointing** on.",
+        "Faster: **guide_every** 2. Out of memory: **checkpointing** *always*.",
         groups={
             "Pictures": [[1, 2, 3], [4, 5], [6, 7, 8, 9]],
             "Invert both": [[10, 11]],

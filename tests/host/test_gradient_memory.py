@@ -2,6 +2,7 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.patcher_extension
@@ -20,7 +21,7 @@ from semantic_style.benchmarks.random_models import (
 )
 from semantic_style.benchmarks.text_models import RIGHT, small_clip
 from semantic_style.host.energy_guider import summary
-from semantic_style.host.gradient_memory import SHARE
+from semantic_style.host.gradient_memory import SHARE, Part, choose_for
 from semantic_style.host.invert import InversionTask, invert_ddpm
 from semantic_style.host.learn_word import LearningTask, learn_embedding
 from semantic_style.host.pseudo_words import make_prompt
@@ -130,6 +131,30 @@ def test_what_does_not_fit_is_said_before_the_model_is_asked(subject, free, capl
         asked, _ = subject.predict(checkpointing=True)
     assert "are free, with all blocks checkpointed" in caplog.text
     assert asked.denoised.isfinite().all()
+
+
+def test_room_is_made_on_a_device_by_unloading_what_the_run_does_not_use(monkeypatch, caplog):
+    management, gpu = comfy.model_management, torch.device("cuda")
+    model, control, other = small_sd15(), small_sd15(), small_sd15()
+    loaded = [management.LoadedModel(patcher) for patcher in (model, control, other)]
+    free, asked = [3 * 2**30], []
+
+    def unload(need, device, keep_loaded=()):
+        asked.append((need, device, keep_loaded))
+        free[0] = 9 * 2**30
+
+    monkeypatch.setattr(management, "current_loaded_models", loaded)
+    monkeypatch.setattr(management, "get_free_memory", lambda *_: free[0])
+    monkeypatch.setattr(management, "free_memory", unload)
+    guider = SimpleNamespace(model_patcher=model, loaded_models=[control])
+    parts = [Part(torch.nn.Identity(), 2**30, 0) for _ in range(4)]
+    with caplog.at_level(logging.INFO):
+        choice = choose_for(guider, parts, 0, 0, gpu, always=False, what="a step")
+    assert asked == [(int(5.5 * 2**30 / SHARE), gpu, loaded[:2])]
+    assert (choice.blocks, choice.need) == ((), 5.5 * 2**30)
+    assert "a step takes about 5.5 GB of memory on cuda besides the model, 9.0 GB are free; 0 of 4" in caplog.text
+    choose_for(guider, parts, 0, 0, gpu, always=False, what="a step")
+    assert len(asked) == 1, "nothing is unloaded where there is room"
 
 
 def test_weights_of_another_dtype_are_copied_for_the_gradient(free):
