@@ -40,10 +40,9 @@ def table(found: list[dict[str, Any]]) -> str:
             cells.append(f"{report.mean_and_error(values)[0]:.3f}")
             ahead = report.compared(values, per_pair[ALL][figure])
             cells.append("" if name == ALL else f"{ahead['mean']:+.3f} ± {ahead['error']:.3f}")
-        seconds, _ = report.mean_and_error([f["seconds"][name] for f in found])
-        rows.append([*cells, f"{seconds:.1f}"])
+        rows.append(cells)
     figures = [c for f in ("style taken over", "structure kept", "score") for c in (f, "difference")]
-    return report.table(["gradient made in", *figures, "processor seconds"], rows)
+    return report.table(["gradient made in", *figures], rows)
 
 
 def main() -> None:

@@ -231,7 +231,7 @@ def choose_for(
             "sides, fewer pictures or frames at a time (context windows), or free memory that others use"
         )
         if not insists:
-            raise MemoryError(f"{advice}. With checkpointing on it is tried all the same")
+            raise MemoryError(f'{advice}. With checkpointing "always" it is tried all the same')
         logging.warning("Semantic Style: %s.", advice)
     return choice
 

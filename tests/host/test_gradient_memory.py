@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_said_before_the_model_is_asked(subject, free, capl
     with pytest.raises(MemoryError, match=r"0\.\d GB of memory on cpu besides the model, 0\.0 GB are free") as refused:
         subject.predict()
     assert subject.rows == []
-    assert "checkpointing on" in str(refused.value)
+    assert 'checkpointing "always"' in str(refused.value)
     with caplog.at_level(logging.WARNING):
         asked, _ = subject.predict(checkpointing=True)
     assert "are free, with all blocks checkpointed" in caplog.text
