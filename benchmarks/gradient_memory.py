@@ -123,7 +123,7 @@ def rows_of(name: str, config: dict[str, Any], side: int) -> list[list[str]]:
         unet, base = subject.unet, (1, subject.size, DTYPE, torch.device("cpu"), TOKENS)
         mapped = tuple(layer for stage in cross_attention_layers(unet) for layer in stage)
         guided = Call(*base, feature_blocks(unet)[-1], mapped)
-        learning = Call(*base)
+        learning = Call(*base, to_prompt=True)
         steps = {
             "guided step": (subject.guided_step, graph_parts(unet, guided), energy_bytes(unet, guided)),
             "step of learning a word": (subject.step_of_learning, graph_parts(unet, learning), (0, 0)),

@@ -7,6 +7,7 @@ gated feed-forward and their product; and weights that are made for the call, be
 or place. A checkpointed block keeps its inputs only. `benchmarks/gradient_memory.py` measures the same.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -62,6 +63,7 @@ class Call:
         tokens: of the prompt.
         until: the decoder block before which the graph ends; None for all of the network.
         maps: cross-attention layers whose maps are read.
+        to_prompt: the gradient is the prompt's, so what runs before the first cross-attention has none.
     """
 
     rows: int
@@ -71,6 +73,7 @@ class Call:
     tokens: int = 77
     until: int | None = None
     maps: tuple[Layer, ...] = ()
+    to_prompt: bool = False
 
     def copies(self, module: nn.Module) -> int:
         """Bytes of the weights that are made for the call."""
@@ -90,6 +93,8 @@ def graph_parts(unet: nn.Module, call: Call) -> list[Part]:
         kept = around * positions * call.dtype.itemsize + call.copies(layer) - sum(map(call.copies, blocks))
         parts.append(Part(None, kept, kept))
         parts += [_part_of(block, positions, call, id(block) in mapped) for block in blocks]
+    if call.to_prompt:
+        return list(itertools.dropwhile(lambda part: getattr(part.block, "attn2", None) is None, parts))
     return parts
 
 

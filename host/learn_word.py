@@ -148,7 +148,7 @@ class _Learning(comfy.samplers.Sampler):
         task, inner = self.task, guider.inner_model
         tokens = max(map(tokens_of, guider.conds["positive"]))
         size = (task.latent.shape[-2], task.latent.shape[-1])
-        call = Call(task.settings.batch, size, computed_in(inner), device, tokens)
+        call = Call(task.settings.batch, size, computed_in(inner), device, tokens, to_prompt=True)
         parts = graph_parts(inner.diffusion_model, call)
         kept = text_bytes(task.prompt.clip.cond_stage_model, tokens)
         settings: dict[str, Any] = {"always": task.checkpointing, "what": "a step of the learning"}
