@@ -75,6 +75,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--only", action="append", default=[], metavar="TITLE", help="fetch what this node makes, no other"
     )
     how.add_argument("--previews", action="store_true", help="also fetch what preview nodes show")
+    how.add_argument("--texts", action="store_true", help="also keep what nodes say, their reports, as .txt")
     defaults = Settings()
     how.add_argument("--ahead", type=int, default=defaults.ahead, help="jobs in each server's queue (%(default)s)")
     how.add_argument("--tries", type=int, default=defaults.tries, help="runs that a job may lose (%(default)s)")

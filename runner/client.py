@@ -93,13 +93,14 @@ class Client:
         }
 
     def files(
-        self, result: Result, graph: Graph, previews: bool = False, only: Collection[str] = ()
+        self, result: Result, graph: Graph, previews: bool = False, only: Collection[str] = (), texts: bool = False
     ) -> list[tuple[str, str, bytes]]:
         """The files that a run made, as label, ending and content; see `outputs.made_files`."""
         found = []
-        for made in made_files({"outputs": result.outputs}, graph, previews, only):
-            content = io.BytesIO()
-            self._wait(self._api.view(made.entry, content.write))
+        for made in made_files({"outputs": result.outputs}, graph, previews, only, texts):
+            content = io.BytesIO((made.text or "").encode())
+            if made.text is None:
+                self._wait(self._api.view(made.entry, content.write))
             found.append((made.label, made.suffix, content.getvalue()))
         return found
 

@@ -97,9 +97,8 @@ class Crew:
         self.settings = settings
         # Ray starts an actor again, anywhere, whose process or machine has ended, and repeats its calls.
         remote = ray.remote(**resources, max_restarts=-1, max_task_retries=settings.tries - 1)(actor_class())
-        self.actors = [
-            remote.remote(str(ROOT), server, settings.stall, settings.previews, settings.only) for _ in range(count)
-        ]
+        fetched = settings.previews, settings.only, settings.texts
+        self.actors = [remote.remote(str(ROOT), server, settings.stall, fetched) for _ in range(count)]
         self._joining = {actor.ready.remote(): actor for actor in self.actors}
         self._there: list[Any] = []
         self._contents: OrderedDict[str, Any] = OrderedDict()
@@ -237,7 +236,9 @@ def actor_class() -> type:
     """The class of actors. Made in a function so that Ray sends its code, and a worker need not have it."""
 
     class Actor:
-        def __init__(self, pack: str, server: Server | None, stall: float, previews: bool, only: Sequence[str]):
+        def __init__(
+            self, pack: str, server: Server | None, stall: float, fetched: tuple[bool, Sequence[str], bool]
+        ):
             import contextlib
             import importlib
             import importlib.util
@@ -251,7 +252,7 @@ def actor_class() -> type:
                 importlib.import_module("run").load_pack()
             from . import client, farm
 
-            self.stall, self.previews, self.only = stall, previews, only
+            self.stall, self.fetched = stall, fetched
             self.stack = contextlib.ExitStack()
             if server is not None:
                 address = self.stack.enter_context(server())
@@ -287,7 +288,7 @@ def actor_class() -> type:
                 if alone:
                     self.client.free()
                 result = self.client.run(graph, stall=self.stall)
-                return {"files": self.client.files(result, graph, self.previews, self.only)}
+                return {"files": self.client.files(result, graph, *self.fetched)}
             except GraphError as error:
                 return {"failure": str(error), "memory": error.out_of_memory}
             except (GraphInterrupted, AnswerError) as error:

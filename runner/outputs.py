@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,15 @@ REPLACE_TRIES, REPLACE_SECONDS = 10, 0.2
 
 @dataclass(frozen=True)
 class Made:
-    """A file on the server: `entry` is the server's word for it, `label` and `suffix` are parts of its name here."""
+    """A file on the server: `entry` is the server's word for it, `label` and `suffix` are parts of its name here.
+
+    What a node says is no file there: `text` is all of it.
+    """
 
     entry: Mapping[str, Any]
     label: str
     suffix: str
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,16 @@ class Fetched:
 
 
 def made_files(
-    entry: Mapping[str, Any], graph: Graph, previews: bool = False, only: Collection[str] = ()
+    entry: Mapping[str, Any], graph: Graph, previews: bool = False, only: Collection[str] = (), texts: bool = False
 ) -> list[Made]:
     """The files that a history entry tells of, numbered for each node title, in order of node ids.
 
     Those of the nodes with a title in `only`, if that is given. Else all, but previews only if `previews` is set, or
-    there is nothing else.
+    there is nothing else. With `texts` what nodes say (their reports) comes after them, numbered likewise.
     """
     found = []
-    for node_id, output in sorted((entry.get("outputs") or {}).items(), key=lambda item: _order(item[0])):
+    outputs = sorted((entry.get("outputs") or {}).items(), key=lambda item: _order(item[0]))
+    for node_id, output in outputs:
         for shown in output.values() if isinstance(output, dict) else ():
             for file in shown if isinstance(shown, list) else ():
                 if isinstance(file, dict) and isinstance(file.get("filename"), str) and file["filename"]:
@@ -64,7 +69,21 @@ def made_files(
         counts[label] += 1
         ending = EXTENSION.search(file["filename"])
         made.append(Made(file, f"{label}_{counts[label]}", ending.group().lower() if ending else ".bin"))
-    return made
+    return made + (_said(outputs, graph, only) if texts else [])
+
+
+def _said(outputs: Iterable[tuple[str, Any]], graph: Graph, only: Collection[str]) -> list[Made]:
+    counts: Counter[str] = Counter()
+    said = []
+    for node_id, output in outputs:
+        title = node_title(graph, node_id)
+        words = output.get("text") if isinstance(output, dict) and (not only or title in only) else None
+        for text in words if isinstance(words, list) else ():
+            if isinstance(text, str):
+                label = slug(title)
+                counts[label] += 1
+                said.append(Made({}, f"{label}_{counts[label]}", ".txt", text))
+    return said
 
 
 def _order(node_id: str) -> tuple:

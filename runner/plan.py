@@ -79,6 +79,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         grace=min(options.stall, Settings.grace),
         wait=options.wait,
         previews=options.previews,
+        texts=options.texts,
         only=tuple(options.only),
     )
 

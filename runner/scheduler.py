@@ -40,6 +40,7 @@ class Settings:
     wait: float = 600.0
     # What is fetched: see `outputs.made_files`.
     previews: bool = False
+    texts: bool = False
     only: tuple[str, ...] = ()
 
 

@@ -391,9 +391,13 @@ class Worker:
     async def _fetch(self, run: Run, entry: dict[str, Any]) -> list[Fetched]:
         files = []
         settings = self.batch.settings
-        for number, made in enumerate(made_files(entry, run.graph, settings.previews, settings.only)):
+        fetched = made_files(entry, run.graph, settings.previews, settings.only, settings.texts)
+        for number, made in enumerate(fetched):
             with PartFile(self.batch.journal.folder, part_name(run.job.key, number)) as part:
-                await self.api.view(made.entry, part.write)
+                if made.text is None:
+                    await self.api.view(made.entry, part.write)
+                else:
+                    part.write(made.text.encode())
             files.append(part.fetched(f"{run.job.name}_{made.label}{made.suffix}"))
         return files
 

@@ -180,6 +180,8 @@ def test_what_is_fetched_and_how_it_is_called() -> None:
     only_previews = {"outputs": {"10": history["outputs"]["10"]}}
     assert [m.label for m in made_files(only_previews, GRAPH, previews=False)] == ["Look_1"]
     assert made_files({}, GRAPH, previews=True) == []
+    said = made_files(history, GRAPH, only=["Look"], texts=True)
+    assert [(m.label + m.suffix, m.text) for m in said] == [("Look_1.png", None), ("Look_1.txt", "words")]
 
 
 def test_a_file_that_somebody_looks_at_is_replaced_a_little_later(
