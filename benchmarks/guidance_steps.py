@@ -1,25 +1,24 @@
 """Semantix with fewer gradients, on Paperland pairs with known labels: what half of the guidance's time buys.
 
-    python tools/run.py benchmarks.guidance_steps [--count 12] [--first 920] [--steps 20] [--workers 1] [--write]
+    python tools/run.py benchmarks.guidance_steps [--count 12] [--first 920] [--steps 20] [--write]
 
-Runs and figures are those of `benchmarks.semantix_quality`; every setting is compared with a gradient in every step,
+Runs and figures are those of `benchmarks.quality`'s Semantix; every setting is compared with a gradient in every step,
 pair by pair.
 """
 
-from functools import partial
 from typing import Any
 
-from . import pool, report
-from .semantix_quality import WEIGHTS, Inputs, measure
+from . import report
+from .quality.queue import servers
+from .quality.semantix import FULL, Inputs, Semantix, variants
 
-NAMES = ("style_weight", "spatial_weight", "semantic_weight", "position_weight")
 ALL = "every step"
 PAGE = report.DOCS / "gradient.md"
 
 
 def settings() -> dict[str, Inputs]:
     """Inputs of the sampler node by the setting's name."""
-    one = dict(zip(NAMES, WEIGHTS, strict=True))
+    one = variants()[FULL]
     halves = {"first half": (0.0, 0.5), "middle half": (0.25, 0.75), "last half": (0.5, 1.0)}
     return {
         ALL: one,
@@ -50,9 +49,10 @@ def main() -> None:
     parser.set_defaults(first=920)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
-    chosen = settings()
-    mark, work = pool.fingerprint(chosen, options.steps), partial(measure, chosen, options.steps)
-    made = table(pool.measured(work, report.numbers(options), options.out, mark, options.workers))
-    print(made)
+    part, numbers = Semantix(options.steps, settings()), report.numbers(options)
+    with servers([], 1, options.out) as running:
+        made = running.run(part.graph(), [part.task(number) for number in numbers], options.out)
+    text = table([part.judged(number, results) for number, results in zip(numbers, made, strict=True)])
+    print(text)
     if options.write:
-        report.write_tables(PAGE, {"fewer gradients": made})
+        report.write_tables(PAGE, {"fewer gradients": text})

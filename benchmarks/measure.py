@@ -1,6 +1,7 @@
 """How far a restyled picture is from the style of a reference and from the structure of its context, region by region.
 
-For pictures whose region labels are known exactly, as Paperland's are. Nothing here uses a trained model.
+For pictures whose region labels are known exactly, as Paperland's are; at the end what can be said without labels.
+Nothing here uses a trained model.
 
 * Style distance: per region the colours (sliced 1-Wasserstein distance in OKLab; Björn Ottosson, "A perceptual color
   space for image processing", 2020; Rabin et al., "Wasserstein barycenter and its application to texture mixing", 2011)
@@ -8,6 +9,8 @@ For pictures whose region labels are known exactly, as Paperland's are. Nothing 
   power spectra", 1958: from the autocovariance, which a mask of any shape leaves unbiased).
 * Structure: how well the context's regions can be read off the picture's colours, in their areas and at their borders.
 * Score: `sqrt(style * structure)`, style 0 for the untouched context and 1 for the ideal, structure 1 for the context.
+* Without labels: whether edges stay where they were, and whether what was alike stays alike (Shechtman and Irani,
+  "Matching local self-similarities across images and videos", CVPR 2007, on colours in place of patches).
 """
 
 import math
@@ -40,6 +43,12 @@ STRIDE = 3  # pixels between the places that are read
 BANDWIDTH = 0.05  # OKLab
 APART = 6  # pixels around a place that tell nothing about it: a gradient would give away the position
 NEAR = 3  # pixels from another region: the border zone
+
+# Without labels.
+EDGE = 0.05  # OKLab a pixel: a change that counts as half an edge
+EDGE_SPREAD = 1.5  # pixels, standard deviation: an edge that moves by less is hardly noticed
+CELL = 16  # pixels: side of the squares whose colours are compared
+ALIKE = 0.1  # OKLab: colours further apart than this are hardly alike
 
 
 def oklab(images: Tensor) -> Tensor:
@@ -338,3 +347,69 @@ def style_score(distance: Tensor, untouched: Tensor, ideal: Tensor) -> Tensor:
 def combined_score(style: Tensor, kept: Tensor) -> Tensor:
     """`sqrt(style * structure)` [B], style counting as 0 to 1: neither makes up for the lack of the other."""
     return (style.clamp(0, 1) * kept.clamp(0, 1)).sqrt()
+
+
+def edges_kept(images: Tensor, contexts: Tensor) -> Tensor:
+    """Correlation [B] of where edges are in the pictures and in their contexts: 1 the same, 0 as in unrelated ones.
+
+    Edges are changes of colour in any direction, strong ones hardly counting more than clear ones, so that other
+    colours and contrasts cost little. A flat picture has none: 0.
+
+    Args:
+        images, contexts: [B, H, W, 3] in 0..1, of one size.
+
+    Raises:
+        ValueError: pictures of different shapes.
+    """
+    _check_alike(images, contexts)
+    return _correlation(_edges(images), _edges(contexts))
+
+
+def likeness_kept(images: Tensor, contexts: Tensor) -> Tensor:
+    """Correlation [B] of which places are of like colour in the pictures and in their contexts: 1 the same, 0 as in
+    unrelated ones.
+
+    Recoloured region by region a picture keeps it; where regions run into each other or fall apart it does not.
+
+    Args and raises as `edges_kept`.
+    """
+    _check_alike(images, contexts)
+    return _correlation(_likeness(images), _likeness(contexts))
+
+
+def _check_alike(images: Tensor, contexts: Tensor) -> None:
+    if images.ndim != 4 or images.shape[-1] != 3 or images.shape != contexts.shape:
+        raise ValueError(
+            f"expected pictures and contexts [B, H, W, 3] of one shape, got {list(images.shape)} and "
+            f"{list(contexts.shape)}"
+        )
+
+
+def _lab(images: Tensor) -> Tensor:
+    """OKLab colours [B, 3, HEIGHT, w]."""
+    return _standard(images, torch.zeros(images.shape[:3], dtype=torch.long))[0].movedim(-1, 1)
+
+
+def _edges(images: Tensor) -> Tensor:
+    """Strength of edges, 0..1, [B, places]."""
+    lab = _lab(images)
+    down, right = lab.diff(dim=2)[..., :-1], lab.diff(dim=3)[..., :-1, :]
+    change = (down.square() + right.square()).sum(dim=1, keepdim=True).sqrt()
+    reach = math.ceil(3 * EDGE_SPREAD)
+    window = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * EDGE_SPREAD**2))
+    window = (window / window.sum()).to(change)[None, None, None]
+    strength = F.pad(change / (change + EDGE), [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(strength, window), window.transpose(2, 3)).flatten(1)
+
+
+def _likeness(images: Tensor) -> Tensor:
+    """How alike the mean colours of all pairs of cells are, 0..1, [B, pairs]."""
+    cells = F.avg_pool2d(_lab(images), CELL).flatten(2).transpose(1, 2)
+    return torch.exp(-torch.cdist(cells, cells).square() / (2 * ALIKE**2)).flatten(1)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's, of rows [B, N]; 0 where one does not vary."""
+    a, b = (t - t.mean(dim=1, keepdim=True) for t in (a, b))
+    most = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(most > 1e-6, (a * b).sum(dim=1) / most.clamp_min(1e-6), 0.0)

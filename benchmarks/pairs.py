@@ -41,6 +41,11 @@ def pair_of(number: int) -> Pair:
     return Pair(drawn(0, 1), drawn(2, 3), drawn(0, 3))
 
 
+def only_regions(caption: str) -> str:
+    """A caption without its colours and textures: what is there, not what it looks like."""
+    return ", ".join(phrase.rsplit(" ", 1)[-1] for phrase in caption.split(", "))
+
+
 class Judge:
     """Measures pictures made for a pair."""
 

@@ -1,6 +1,7 @@
 """What the quality benchmarks make of their measurements: means, comparisons, tables, pictures, pages in docs/."""
 
 import argparse
+import csv
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import wilcoxon
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -24,10 +26,19 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def compared(ours: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Mean gain of one over another, pair by pair, its standard error and the share of pairs with a gain."""
+    """Mean gain of one over another, pair by pair, its standard error, the share of pairs with a gain, and the
+    probability `p` of gains at least as one-sided as these where there is no difference (Wilcoxon, "Individual
+    comparisons by ranking methods", 1945: the signed-rank test, two-sided)."""
     gains = [a - b for a, b in zip(ours, others, strict=True)]
     mean, error = mean_and_error(gains)
-    return {"mean": mean, "error": error, "share": sum(g > 0 for g in gains) / len(gains)}
+    p = float(wilcoxon(gains).pvalue) if any(gains) else 1.0
+    return {"mean": mean, "error": error, "share": sum(g > 0 for g in gains) / len(gains), "p": p}
+
+
+def won(gain: Mapping[str, float]) -> list[str]:
+    """Cells of a table for a `compared`: the gain, in how many pairs, and p."""
+    p = "<0.001" if gain["p"] < 0.001 else f"{gain['p']:.3f}"
+    return [f"{gain['mean']:+.3f} ± {gain['error']:.3f}", f"{gain['share']:.0%}", p]
 
 
 def by_name(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
@@ -74,8 +85,7 @@ def parser(doc: str | None, name: str, count: int, what: str) -> argparse.Argume
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--count", type=int, default=count, help=f"how many {what} ({count})")
     found.add_argument("--first", type=int, default=0, help="number of the first; tune on others than you report")
-    found.add_argument("--workers", type=int, default=1, help="processes of one thread each")
-    found.add_argument("--out", type=Path, default=Path("output") / name, help="what is done is kept there")
+    found.add_argument("--out", type=Path, default=Path("output") / name, help="tables and pictures, without --write")
     found.add_argument("--write", action="store_true", help="put figures, tables and picture into docs/")
     return found
 
@@ -90,18 +100,29 @@ def publish(
     tables: Mapping[str, str],
     sheet: Image.Image,
     figures: Mapping[str, Any] | None = None,
+    each: Sequence[Mapping[str, Any]] = (),
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Print the tables; put them into the page of that name, its picture and figures beside it: in docs/, or in --out
-    without the page where nothing is to be written there."""
+    """Print the tables and notes; put the tables into the page of that name, its picture and figures beside it (JSON,
+    and CSV for `each`, a row for each pair and variant): in docs/, or in --out, with a page of nothing else, where
+    nothing is to be written there."""
     folder = DOCS if options.write else options.out
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in tables.items():
-        print(f"{name}\n\n{text}\n")
+    parts = [f"{name}\n\n{text}" for name, text in tables.items()]
+    parts += [f"Not in it: {name}. {reason}" for name, reason in (notes or {}).items()]
+    print("\n\n".join(parts))
     if figures is not None:
         (folder / f"{page}_quality.json").write_text(as_json(figures), encoding="utf-8")
+    if each:
+        with open(folder / f"{page}_quality.csv", "w", encoding="utf-8", newline="") as file:
+            rows = csv.DictWriter(file, list(each[0]), lineterminator="\n")
+            rows.writeheader()
+            rows.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in each)
     sheet.save(folder / f"{page}.png", optimize=True)
     if options.write:
         write_tables(folder / f"{page}.md", tables)
+    else:
+        (folder / f"{page}.md").write_text("\n\n".join([*parts, f"![every variant]({page}.png)\n"]), encoding="utf-8")
 
 
 def write_tables(page: Path, tables: Mapping[str, str]) -> None:

@@ -2,13 +2,13 @@
 
     python tools/run.py benchmarks.saliency_quality [--count 40] [--seed 200] [--write]
 
-Runs the node that ships, in ComfyUI, on scenes of one sun, tree or house alone (layout seeds from --seed on) and on the
-first landscapes from that seed on that hold exactly one house or tree, whatever else they hold. Besides it: one cut as
-the paper has it (the side of the second eigenvector, split at its mean, that touches the border less). The node is also
-told the thing's name, alone and with its parts: a house of this world has a roof that captions name by itself.
+Runs the node that ships, in this process (the one cut needs the features that the node keeps to itself), on scenes of
+one sun, tree or house alone (layout seeds from --seed on) and on the first landscapes from that seed on that hold
+exactly one house or tree, whatever else they hold. Besides it: one cut as the paper has it (the side of the second
+eigenvector, split at its mean, that touches the border less). The node is also told the thing's name, alone and with
+its parts: a house of this world has a roof that captions name by itself.
 """
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from tqdm import tqdm
 
 from ..paperland import scenes
 from ..paperland.scenes import Scenes
 from ..pictures.overlay import overlay_subject
 from ..regions.masks import grow
-from . import pool, report
-from .host import Demo, call, demo
+from . import report
+from .host import Demo, bring_in_host, call, demo
 
 SIGMA, LOOKS = 0.3, 4  # the node's defaults, for the one cut
 FOUND = 0.4  # overlap from which the thing was found, at least
@@ -136,8 +137,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=200, help="the first layout seed (200)")
     options = parser.parse_args()
     landscapes = landscape_seeds(options.seed, options.first + options.count)
-    mark, work = pool.fingerprint(options.seed), partial(measure, options.seed, landscapes)
-    found = pool.measured(work, report.numbers(options), options.out, mark, options.workers)
+    bring_in_host()
+    numbers = range(options.first, options.first + options.count)
+    found = [measure(options.seed, landscapes, number) for number in tqdm(numbers, mininterval=10)]
     figures = report.by_name([f["figures"] for f in found])
     parts = ("picture", "true mask", "found", "by its word")
     columns = {

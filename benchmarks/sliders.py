@@ -23,11 +23,10 @@ from ..runner import locate
 from ..runner.client import Client
 from ..runner.graph import Graph, node_title
 from ..runner.launch import comfy_server
-from . import report, spin_quality
+from . import report
 from .host import ROOT
-from .pairs import FIRST_SEED, Judge, pair_of
-from .semantix_quality import only_regions
-from .spin_cases import Case, measured
+from .pairs import FIRST_SEED, Judge, only_regions, pair_of
+from .spin_cases import Case, case_of, measured
 
 POSITIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 SHOWN_ROWS = 3
@@ -65,7 +64,7 @@ class Subject:
         self.name, self.number = name, number
         self.judge: Callable[[Tensor], dict[str, float]]
         if name.startswith("spin"):
-            case = spin_quality.case(number)
+            case = case_of(number)
             self.judge = lambda image: _painted(image, case)
             self.pictures = {"reference": case.reference.images[0], "background": case.background.images[0]}
             self.masks = {"mask": case.mask[0], "reference_mask": case.subject[0]}

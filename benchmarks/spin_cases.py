@@ -17,6 +17,7 @@ from . import measure
 
 # What can be painted in, with the regions that it consists of.
 KINDS = {"sun": (SUN,), "mountain": (MOUNTAIN,), "tree": (TREE,), "house": (HOUSE, ROOF)}
+FIRST_SEED = 1_334_567_890  # training draws from seeds far below
 SEEDS_APART = 10_000
 # Pixels of a mask or subject that are enough to see and to measure something in, at 128x128.
 FEWEST = 350
@@ -39,6 +40,17 @@ class Case:
     background: Scenes
     mask: Tensor
     ideal: Tensor
+
+
+def case_of(number: int) -> Case:
+    """The case of a number; kinds take turns."""
+    return case(tuple(KINDS)[number % len(KINDS)], FIRST_SEED + number)
+
+
+def true_phrases(c: Case) -> str:
+    """What the reference's own caption says of the subject: colours and texture by name."""
+    parts = ("house", "roof") if c.kind == "house" else (c.kind,)
+    return ", ".join(p for p in c.reference.captions[0].split(", ") if p.endswith(parts))
 
 
 def case(kind: str, seed: int) -> Case:

@@ -318,6 +318,51 @@ def test_one_region_has_no_border_to_lose():
     assert torch.isfinite(kept.both).all()
 
 
+UNLABELLED = {"edges": measure.edges_kept, "likeness": measure.likeness_kept}
+
+
+@pytest.mark.parametrize("kept", UNLABELLED.values(), ids=list(UNLABELLED))
+def test_what_is_kept_without_labels(pair, kept):
+    """The context keeps all, another style of it much, another scene hardly anything, a flat picture nothing."""
+    context, reference, ideal = pair
+    assert torch.allclose(kept(context.images, context.images), torch.ones(COUNT), atol=1e-5)
+    assert kept(ideal.images, context.images).mean() > kept(reference.images, context.images).mean() + 0.1
+    assert kept(scrambled(context.images), context.images).abs().mean() < 0.25
+    assert torch.equal(kept(torch.full_like(context.images, 0.5), context.images), torch.zeros(COUNT))
+    darker = (context.images * 0.8).clamp(0, 1)
+    assert (kept(darker, context.images) > 0.95).all(), "less contrast costs little"
+
+
+@pytest.mark.parametrize("kept", UNLABELLED.values(), ids=list(UNLABELLED))
+def test_more_damage_costs_more_without_labels(pair, kept):
+    context, reference, _ = pair
+    images = context.images
+    damages = {
+        "another scene": [torch.lerp(images, reference.images, share) for share in (0.0, 0.3, 0.6, 0.9)],
+        "shifted": [images.roll(pixels, 1) for pixels in (0, 2, 6, 12)],
+        "noisy": [noisy(images, spread) for spread in (0.0, 0.1, 0.3, 0.6)],
+    }
+    for name, spoilt in damages.items():
+        found = [kept(one, images).mean().item() for one in spoilt]
+        assert found == sorted(found, reverse=True), f"{name}: {found}"
+        assert found[0] - found[-1] > 0.1, f"{name}: {found}"
+
+
+def test_blur_costs_edges(pair):
+    context, _, _ = pair
+    found = [measure.edges_kept(blurred(context.images, spread), context.images).mean() for spread in (0.3, 2.0, 5.0)]
+    assert found == sorted(found, reverse=True)
+    assert found[2] < 0.7
+
+
+def test_what_is_kept_without_labels_in_pictures_of_another_size(pair):
+    large = F.interpolate(pair[0].images.movedim(-1, 1), scale_factor=2, mode="nearest").movedim(1, -1)
+    for kept in UNLABELLED.values():
+        assert torch.allclose(kept(large, large), torch.ones(COUNT), atol=1e-5)
+        with pytest.raises(ValueError, match="of one shape"):
+            kept(large, pair[0].images)
+
+
 def test_refusals(pair):
     context, reference, _ = pair
     with pytest.raises(ValueError, match=r"image: expected a picture .* of its size"):

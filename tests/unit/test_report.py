@@ -1,13 +1,14 @@
-"""What the quality benchmarks make of their measurements, and that measurements are kept."""
+"""What the quality benchmarks make of their measurements."""
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from semantic_style.benchmarks import pool, report
+from semantic_style.benchmarks import report
 
 
 def test_means_and_their_errors() -> None:
@@ -22,6 +23,9 @@ def test_a_comparison_is_of_pairs() -> None:
     assert found["mean"] == pytest.approx(0.5)
     assert found["error"] == pytest.approx(report.mean_and_error([0.5, -0.5, 0.0, 2.0])[1])
     assert found["share"] == 0.5
+    assert found["p"] == pytest.approx(0.75), "of three gains that are not 0 two are up, the smallest and the largest"
+    assert report.compared([1.0, 2.0], [1.0, 2.0])["p"] == 1.0
+    assert report.compared([1.0] * 10, [0.1 * i for i in range(10)])["p"] == pytest.approx(2 / 2**10)
     with pytest.raises(ValueError):
         report.compared([1.0], [1.0, 2.0])
 
@@ -60,18 +64,12 @@ def test_figures_are_written_short_and_a_line_each() -> None:
     assert text == '{\n "pairs": 2,\n "means": {\n  "full": {"score": [0.12346, 1]}\n }\n}\n'
 
 
-def test_what_is_measured_is_kept_whole_or_not_at_all(tmp_path: Path) -> None:
-    def broken(number: int) -> dict:
-        raise RuntimeError(f"no {number}")
-
-    pool.keep(lambda number: {"number": number}, 3, tmp_path / "mark_00003.pt")
-    with pytest.raises(RuntimeError, match="no 4"):
-        pool.keep(broken, 4, tmp_path / "mark_00004.pt")
-    assert [p.name for p in tmp_path.iterdir()] == ["mark_00003.pt"]
-    # All there: nothing is measured.
-    assert pool.measured(broken, [3], tmp_path, "mark", workers=1) == [{"number": 3}]
-
-
-def test_the_mark_tells_settings_apart() -> None:
-    assert pool.fingerprint({"steps": 2}, 1) == pool.fingerprint({"steps": 2}, 1)
-    assert pool.fingerprint({"steps": 2}, 1) != pool.fingerprint({"steps": 3}, 1)
+def test_a_row_for_each_pair_and_variant(tmp_path: Path) -> None:
+    rows = [{"number": 0, "variant": "a, b", "score": 1 / 3}, {"number": 1, "variant": "c", "score": 2.0}]
+    where = argparse.Namespace(out=tmp_path, write=False)
+    sheet = report.grid({"one": torch.zeros(1, 8, 8, 3)})
+    report.publish(where, "page", {"figures": "| table |"}, sheet, {}, rows, {"LPIPS": "missing"})
+    assert (tmp_path / "page_quality.csv").read_text() == 'number,variant,score\n0,"a, b",0.33333\n1,c,2\n'
+    page = (tmp_path / "page.md").read_text()
+    assert "figures\n\n| table |\n\nNot in it: LPIPS. missing\n" in page
+    assert "(page.png)" in page
