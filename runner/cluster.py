@@ -236,9 +236,7 @@ def actor_class() -> type:
     """The class of actors. Made in a function so that Ray sends its code, and a worker need not have it."""
 
     class Actor:
-        def __init__(
-            self, pack: str, server: Server | None, stall: float, fetched: tuple[bool, Sequence[str], bool]
-        ):
+        def __init__(self, pack: str, server: Server | None, stall: float, fetched: tuple[bool, Sequence[str], bool]):
             import contextlib
             import importlib
             import importlib.util

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import report
+from . import methods
 from .graphs import PAPERLAND
 from .own import METHODS, LayoutError, evaluate, read_pairs
-from .part import Part, each
+from .part import Found, Part, each
 from .queue import Servers, servers
 from .scsa import SCSA
 from .semantix import Semantix
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--pairs", type=Path, metavar="FOLDER", help="your own, a folder each")
     found.add_argument("--method", choices=list(METHODS), default="semantix", help="for your own pairs (%(default)s)")
     found.add_argument("--checkpoint", default=PAPERLAND, metavar="NAME", help="for your own pairs (the demo model)")
-    found.add_argument("--count", type=int, help="how many pairs, cases or clips of each part (30, 25, 25, 6; all)")
+    found.add_argument("--count", type=int, help="how many pairs, cases or clips of each part (40, of clips 6; all)")
     found.add_argument("--first", type=int, default=0, help="number of the first; tune on others than you report")
     found.add_argument("--steps", type=int, default=0, help="of sampling and inversion (20, Spin 16; as published)")
     found.add_argument("--learn", type=int, default=0, help="steps of learning Spin's word (60; as published)")
@@ -59,7 +60,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Part]:
     return {name: made[name] for name in options.parts or PARTS}
 
 
-def measure(part: Part, numbers: range, running: Servers, options: Any) -> None:
+def measure(part: Part, numbers: range, running: Servers, options: Any) -> list[Found]:
     """Make a part's pictures, judge them, and publish what came of it; `options`: `out`, a folder, and `write`."""
     made = running.run(part.graph(), [part.task(number) for number in numbers], options.out)
     found = [part.judged(number, result) for number, result in zip(numbers, made, strict=True)]
@@ -68,6 +69,7 @@ def measure(part: Part, numbers: range, running: Servers, options: Any) -> None:
     report.publish(
         options, part.page, part.tables(gathered), part.sheet(found), {**about, **gathered}, each(numbers, found)
     )
+    return found
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -89,7 +91,13 @@ def main(given: Sequence[str] | None = None) -> None:
             method = METHODS[options.method](options.checkpoint, options.steps, **learn)
             evaluate(method, own[options.first : last], running, options.out / "own" / options.method)
             return
+        found = {}
         for name, part in chosen(options).items():
             count = part.count if options.count is None else options.count
             where = argparse.Namespace(out=options.out / name, write=options.write)
-            measure(part, range(options.first, options.first + count), running, where)
+            found[name] = measure(part, range(options.first, options.first + count), running, where)
+    if {"semantix", "scsa"} <= found.keys():
+        made = {"methods": methods.table(found)}
+        print(f"methods\n\n{made['methods']}")
+        if options.write:
+            report.write_tables(report.DOCS / "quality.md", made)

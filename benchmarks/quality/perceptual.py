@@ -127,9 +127,9 @@ def art_fid(folder: Path, variants: Sequence[str]) -> dict[str, float]:
     """ArtFID of each variant's folder against `content` and `style` beside it.
 
     Raises:
-        MissingError: package or weights.
+        MissingError: no package or weights, or too few pictures.
     """
-    package = module("art_fid.art_fid", "art-fid")
+    package = module("art_fid.art_fid", "art-fid scikit-learn")
     weights = Path(tempfile.gettempdir(), "art_fid", package.CKPT_URL.rpartition("/")[2])
     for file, source in (
         (weights, package.CKPT_URL),
@@ -138,10 +138,11 @@ def art_fid(folder: Path, variants: Sequence[str]) -> dict[str, float]:
         if not file.exists():
             raise MissingError(f"weights are missing: {file} (from {source})")
     paths = {name: str(folder / name) for name in (*variants, "content", "style")}
-    return {
-        name: float(package.compute_art_fid(paths[name], paths["style"], paths["content"], 1, "cpu", mode="art_fid"))
-        for name in variants
-    }
+    ends = {"batch_size": 1, "device": "cpu", "mode": "art_fid"}
+    try:
+        return {n: float(package.compute_art_fid(paths[n], paths["style"], paths["content"], **ends)) for n in variants}
+    except ValueError as error:
+        raise MissingError(f"it could not be computed, as happens with few pictures: {error}") from error
 
 
 def write_folders(folder: Path, columns: dict[str, Sequence[Tensor]]) -> None:

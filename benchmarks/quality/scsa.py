@@ -174,7 +174,7 @@ class SCSA:
     variants: Mapping[str, Variant] = field(default_factory=variants)
     page = "scsa"
     what = "pairs"
-    count = 25
+    count = 40
 
     @property
     def drawn(self) -> list[str]:

@@ -66,7 +66,7 @@ class Semantix:
     variants: Mapping[str, Inputs] = field(default_factory=variants)
     page = "semantix"
     what = "pairs"
-    count = 30
+    count = 40
 
     def settings(self) -> dict[str, Any]:
         return {"steps": self.steps, "cfg": CFG, "settings": self.variants}

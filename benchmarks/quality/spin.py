@@ -135,7 +135,7 @@ class Spin:
     style: float = 3.0
     page = "spin"
     what = "cases"
-    count = 25
+    count = 40
 
     def settings(self) -> dict[str, Any]:
         return {"settings": {**asdict(self.sampling), "learn": self.learn, "style": self.style}, **LEARNING}
