@@ -38,7 +38,7 @@ def compared(ours: Sequence[float], others: Sequence[float]) -> dict[str, float]
 def won(gain: Mapping[str, float]) -> list[str]:
     """Cells of a table for a `compared`: the gain, in how many pairs, and p."""
     p = "<0.001" if gain["p"] < 0.001 else f"{gain['p']:.3f}"
-    return [f"{gain['mean']:+.3f} ± {gain['error']:.3f}", f"{gain['share']:.0%}", p]
+    return [with_error((gain["mean"], gain["error"]), form="+.3f"), f"{gain['share']:.0%}", p]
 
 
 def by_name(parts: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
@@ -51,8 +51,10 @@ def means(values: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict
     return {name: {f: mean_and_error(v) for f, v in figures.items()} for name, figures in values.items()}
 
 
-def with_error(value: tuple[float, float], digits: int = 3) -> str:
-    return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+def with_error(value: tuple[float, float], form: str = ".3f") -> str:
+    """A mean and its standard error, which one value has none of."""
+    mean, error = value
+    return f"{mean:{form}}" + ("" if np.isnan(error) else f" ± {error:{form.lstrip('+')}}")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -124,7 +124,7 @@ def tables(figures: dict[str, dict[str, list[float]]]) -> dict[str, str]:
         cells = [f"{name} ({len(ways[METHOD])})"]
         for overlaps in ways.values():
             cells += [
-                report.with_error(report.mean_and_error(overlaps), 2),
+                report.with_error(report.mean_and_error(overlaps), ".2f"),
                 f"{np.mean(np.array(overlaps) >= FOUND):.0%}",
             ]
         rows.append(cells)

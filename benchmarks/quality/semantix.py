@@ -145,9 +145,8 @@ class Semantix:
         rows = []
         for name, figures in gathered["mean_and_standard_error"].items():
             cells = [f"{figures[f][0]:.3f}" for f in FIGURES if f != "score"]
-            score = "**{:.3f}** ± {:.3f}".format(*figures["score"])
             ahead = ["", "", ""] if name == FULL else report.won(gathered["full_ahead_by_score"][name])
-            rows.append([name, *cells, score, *ahead])
+            rows.append([name, *cells, report.with_error(figures["score"]), *ahead])
         guided = {name: did for name, did in gathered["guidance"].items() if did}
         runs = [[name, f"{did['gradient']:.3f}", f"{did['clamped']:.1%}"] for name, did in guided.items()]
         return {

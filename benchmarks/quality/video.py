@@ -114,8 +114,12 @@ class Video:
         for name, f in gathered["mean_and_standard_error"].items():
             variant, noise = name.split(", ")
             less = gathered["same_noise_flickers_less_by"][variant]
-            cells = [f"{less['mean']:+.4f} ± {less['error']:.4f}", *report.won(less)[2:]] if noise == SAME else ["", ""]
-            rows.append([variant, noise, report.with_error(f["excess"], 4), f"{f['change'][0]:.3f}", *cells])
+            cells = (
+                [report.with_error((less["mean"], less["error"]), "+.4f"), *report.won(less)[2:]]
+                if noise == SAME
+                else ["", ""]
+            )
+            rows.append([variant, noise, report.with_error(f["excess"], ".4f"), f"{f['change'][0]:.3f}", *cells])
         heads = ["variant", "noise of the frames", "excess flicker", "change from the context"]
         return {"flicker": report.table([*heads, "less than with own noise by", "p"], rows)}
 

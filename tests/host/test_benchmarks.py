@@ -211,13 +211,15 @@ def save(folder: Path, **pictures: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def own_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pair with maps and a caption, one without and of other sizes."""
+    """A pair with maps and a caption, one without and of other sizes, and one that cannot be read."""
     folder = tmp_path_factory.mktemp("own")
     one, two = pair_of(0), pair_of(1)
     maps = {"content_map": label_image(one.context.labels)[0], "style_map": label_image(one.reference.labels)[0]}
     save(folder / "a", content=one.context.images[0], style=one.reference.images[0], **maps)
     (folder / "a" / "prompt.txt").write_text(only_regions(one.context.captions[0]))
     save(folder / "b", content=two.context.images[0][:, :100], style=two.reference.images[0][:64])
+    save(folder / "broken", style=two.reference.images[0])
+    (folder / "broken" / "content.png").write_bytes(b"no picture")
     return folder
 
 
@@ -228,6 +230,7 @@ def test_own_pairs(method: str, comfy_server, own_pairs: Path, tmp_path: Path, c
     said = capsys.readouterr().out
     assert "Not in it: CFSD. no package computes it" in said
     assert "Not in it: LPIPS to the content." in said
+    assert "Not in it: broken. failed" in said
     ours = {"semantix": "Semantix", "scsa": "SCSA"}[method]
     for part, names in (("with_maps", ["a"]), ("without_maps", ["b"])):
         folder = tmp_path / "own" / method / part

@@ -16,6 +16,8 @@ def test_means_and_their_errors() -> None:
     assert mean == pytest.approx(3.0)
     assert error == pytest.approx(math.sqrt(7.0 / 3))
     assert math.isnan(report.mean_and_error([1.0])[1])
+    assert report.with_error(report.mean_and_error([1.0, 2.0, 6.0]), ".2f") == "3.00 ± 1.53"
+    assert report.with_error(report.mean_and_error([1.0]), "+.2f") == "+1.00"
 
 
 def test_a_comparison_is_of_pairs() -> None:
