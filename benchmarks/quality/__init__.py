@@ -17,7 +17,9 @@ from typing import Any
 from .. import report
 from . import methods
 from .graphs import PAPERLAND
-from .own import METHODS, LayoutError, evaluate, read_pairs
+from .own import evaluate
+from .own_methods import METHODS
+from .own_pairs import LayoutError, Pair, read_pairs
 from .part import Found, Part, each
 from .queue import Servers, servers
 from .scsa import SCSA
@@ -72,32 +74,43 @@ def measure(part: Part, numbers: range, running: Servers, options: Any) -> list[
     return found
 
 
+def own(options: argparse.Namespace, running: Servers, pairs: Sequence[Pair]) -> None:
+    """Evaluate a user's pairs."""
+    learn = {"learn": options.learn} if options.learn and options.method == "spin" else {}
+    method = METHODS[options.method](options.checkpoint, options.steps, **learn)
+    last = None if options.count is None else options.first + options.count
+    evaluate(method, pairs[options.first : last], running, options.out / "own" / options.method)
+
+
+def paperland(options: argparse.Namespace, running: Servers) -> None:
+    """Measure the parts that were asked for, and what can be compared between them."""
+    found = {}
+    for name, part in chosen(options).items():
+        count = part.count if options.count is None else options.count
+        where = argparse.Namespace(out=options.out / name, write=options.write)
+        found[name] = measure(part, range(options.first, options.first + count), running, where)
+    if {"semantix", "scsa"} <= found.keys():
+        made = methods.table(found)
+        print(f"methods\n\n{made}")
+        (options.out / "methods.md").write_text(f"{made}\n", encoding="utf-8")
+        if options.write:
+            report.write_tables(report.DOCS / "quality.md", {"methods": made})
+
+
 def main(given: Sequence[str] | None = None) -> None:
-    found = parser()
-    options = found.parse_args(given)
+    program = parser()
+    options = program.parse_args(given)
     if unknown := [name for name in options.parts if name not in PARTS]:
-        found.error(f"there is no part {unknown[0]!r}; choose of {', '.join(PARTS)}")
+        program.error(f"there is no part {unknown[0]!r}; choose of {', '.join(PARTS)}")
     if options.pairs and (options.parts or options.write):
-        found.error("--pairs is for your own pictures: neither parts of the pack's own scenes nor --write go with it")
-    start = options.start if options.start is not None else int(not options.server)
+        program.error("--pairs is for your own pictures: neither parts of the pack's own scenes nor --write go with it")
     try:
-        own = read_pairs(options.pairs, options.method == "spin") if options.pairs else []
+        pairs = read_pairs(options.pairs, options.method == "spin") if options.pairs else []
     except LayoutError as error:
         raise SystemExit(str(error)) from error
+    start = options.start if options.start is not None else int(not options.server)
     with servers(options.server, start, options.out) as running:
-        if own:
-            last = None if options.count is None else options.first + options.count
-            learn = {"learn": options.learn} if options.learn and options.method == "spin" else {}
-            method = METHODS[options.method](options.checkpoint, options.steps, **learn)
-            evaluate(method, own[options.first : last], running, options.out / "own" / options.method)
-            return
-        found = {}
-        for name, part in chosen(options).items():
-            count = part.count if options.count is None else options.count
-            where = argparse.Namespace(out=options.out / name, write=options.write)
-            found[name] = measure(part, range(options.first, options.first + count), running, where)
-    if {"semantix", "scsa"} <= found.keys():
-        made = {"methods": methods.table(found)}
-        print(f"methods\n\n{made['methods']}")
-        if options.write:
-            report.write_tables(report.DOCS / "quality.md", made)
+        if options.pairs:
+            own(options, running, pairs)
+        else:
+            paperland(options, running)

@@ -29,14 +29,14 @@ class Builder:
         self.model, self.clip, self.vae = ([node, i] for i in range(3))
         self._empty: Link | None = None
 
-    def node(self, kind: str, title: str = "", **inputs: Any) -> str:
+    def node(self, kind: str, title: str = "", /, **inputs: Any) -> str:
         """Add a node; inputs that are None are left out. Gives back its id."""
         name = str(len(self.graph) + 1)
         given = {key: value for key, value in inputs.items() if value is not None}
         self.graph[name] = {"class_type": kind, "inputs": given, "_meta": {"title": title or kind}}
         return name
 
-    def link(self, kind: str, title: str = "", output: int = 0, **inputs: Any) -> Link:
+    def link(self, kind: str, title: str = "", output: int = 0, /, **inputs: Any) -> Link:
         """`node`, but gives back one of its outputs."""
         return [self.node(kind, title, **inputs), output]
 

@@ -1,6 +1,6 @@
 """Semantix, SCSA and their baselines on the same Paperland pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .. import report
 from .part import Found
@@ -18,7 +18,7 @@ BASELINES = tuple(ROWS)[:2]
 FIGURES = {"style": "style taken over", "structure": "structure kept", "score": "score"}
 
 
-def table(found: dict[str, Sequence[Found]]) -> str:
+def table(found: Mapping[str, Sequence[Found]]) -> str:
     """The figures on the pairs that both parts have, from the first on, and the gain in score over the baselines."""
     pairs = min(len(found[part]) for part, _ in ROWS.values())
     of = {

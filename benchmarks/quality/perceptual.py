@@ -7,7 +7,7 @@ LPIPS: Zhang et al., CVPR 2018, by the package of its authors. CLIP: Radford et 
 
 import importlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ PAINTED = {
 }
 
 
-def at_hand(measures: dict[str, Measure]) -> tuple[dict[str, Compare], dict[str, str]]:
+def at_hand(measures: Mapping[str, Measure]) -> tuple[dict[str, Compare], dict[str, str]]:
     """Those that can be taken, and why the others cannot."""
     found, missing = {}, {}
     for name, measure in measures.items():

@@ -6,7 +6,7 @@ from PIL import Image
 from semantic_style.benchmarks.pairs import pair_of
 from semantic_style.benchmarks.quality import main, perceptual
 from semantic_style.benchmarks.quality.graphs import Builder, completed
-from semantic_style.benchmarks.quality.own import LayoutError, read_pairs
+from semantic_style.benchmarks.quality.own_pairs import LayoutError, read_pairs
 from semantic_style.benchmarks.quality.queue import read
 from semantic_style.benchmarks.quality.scsa import Variant, rate, seen_maps, variants, wrong_labels
 from semantic_style.paperland import scenes
