@@ -189,7 +189,9 @@ def test_video(servers: Servers, tmp_path: Path) -> None:
     written(part.page, part.tables(part.gather([found, found])), tmp_path)
 
 
-def test_the_command(comfy_server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    comfy_server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ["--server", comfy_server.address, "--out", str(tmp_path), "--steps", "1", "--first", "4", "--count", "1"]
     quality.main(["semantix", *given])
     assert "| without F_c |" in capsys.readouterr().out
@@ -200,6 +202,16 @@ def test_the_command(comfy_server, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [row["number"] for row in rows] == ["4"] * 12
     settings = json.loads((folder / "semantix_quality.json").read_text())
     assert (settings["pairs"], settings["first"], settings["steps"]) == (1, 4, 1)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    page = Path(shutil.copy(report.DOCS / "semantix.md", docs))
+    monkeypatch.setattr(report, "DOCS", docs)
+    quality.main(["semantix", *given, "--write"])
+    assert "1 jobs, 1 of them done before" in capsys.readouterr().out
+    assert {f.name for f in docs.iterdir()} == {
+        f"semantix{end}" for end in (".md", ".png", "_quality.csv", "_quality.json")
+    }
+    assert f"| full | {float(rows[4]['color']):.3f} |" in page.read_text(encoding="utf-8")
 
 
 def save(folder: Path, **pictures: torch.Tensor) -> None:

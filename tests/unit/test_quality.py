@@ -1,10 +1,14 @@
 """The quality benchmark: what its variants leave out, its maps, how users lay out their pairs, what is not at hand."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
+from semantic_style.benchmarks import report
 from semantic_style.benchmarks.pairs import pair_of
-from semantic_style.benchmarks.quality import main, perceptual
+from semantic_style.benchmarks.quality import main, methods, perceptual
 from semantic_style.benchmarks.quality.graphs import Builder, completed
 from semantic_style.benchmarks.quality.own_pairs import LayoutError, read_pairs
 from semantic_style.benchmarks.quality.queue import read
@@ -53,6 +57,25 @@ def test_a_variant_leaves_out_what_its_name_says():
     assert not chosen["without S-AdaIN"].adain
     assert not chosen["S-AdaIN only"].patched
     assert chosen["universal attention"] == Variant("one", {"a1": 0.0})
+
+
+def test_methods_are_compared_on_the_pairs_that_both_parts_have(root, tmp_path):
+    def found(part, count, base):
+        names = [variant for where, variant in methods.ROWS.values() if where == part]
+        score = {name: base + 0.1 * i for i, name in enumerate(names)}
+        return [
+            {"figures": {n: dict.fromkeys(methods.FIGURES, s + 0.01 * k) for n, s in score.items()}}
+            for k in range(count)
+        ]
+
+    made = methods.table({"semantix": found("semantix", 6, 0.1), "scsa": found("scsa", 5, 0.15)})
+    rows = {line.split(" | ")[0].strip("| "): line for line in made.splitlines()}
+    assert "5 pairs" in rows
+    assert "| 0.120 ± 0.007 | 0.120 ± 0.007 | 0.120 ± 0.007 |  |  |  | -0.050 ± 0.000 | 0% |" in rows["AdaIN replay"]
+    assert "| +0.100 ± 0.000 | 100% | 0.062 | +0.050 ± 0.000 | 100% | 0.062 |" in rows["Semantix"]
+    page = Path(shutil.copy(root / "docs" / "quality.md", tmp_path))
+    report.write_tables(page, {"methods": made})
+    assert made in page.read_text(encoding="utf-8")
 
 
 def test_a_map_is_read_off_its_preview():
