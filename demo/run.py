@@ -96,8 +96,6 @@ def save(rows: Sequence[Row], output: Path) -> Path:
             _save_picture(picture, output / f"{graph.name}_{number}_{slug}.png")
     sheet = output / "sheet.png"
     save_sheet(rows, sheet, HEADING)
-    if simple := [row for graph, row in zip(GRAPHS, rows, strict=True) if graph.name.endswith("_simple")]:
-        save_sheet(simple, output / "methods.png")
     return sheet
 
 
