@@ -20,8 +20,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..regions.adain import MIN_TOKENS
 from ..regions.semantic_map import SemanticMap
 
-# Memory for the sparse part's logits. On a CPU they should stay in its cache, a GPU wants enough to be busy.
-CHUNK_BYTES = {"cpu": 2**22, "other": 2**28}
+# Memory for the sparse part's logits. On a CPU they should stay in a core's own cache, a GPU wants enough to be busy.
+CHUNK_BYTES = {"cpu": 2**21, "other": 2**28}
+# An arg-max takes a CPU as long as the products themselves, a maximum a twentieth. So of many keys: the maximum of each
+# block, then an arg-max in the block that has the largest.
+MANY, BLOCK = 384, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +138,13 @@ def continuous_attention(q: Tensor, k: Tensor, v: Tensor, order: RegionOrder, sc
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sorting: Sorting) -> Tensor:
-        q, k_sorted, v_sorted = (q[:, :, sorting.content], k[:, :, sorting.style], v[:, :, sorting.style])
+        q = q.index_select(2, sorting.content)
+        k_sorted, v_sorted = (x.index_select(2, sorting.style) for x in (k, v))
         parts = []
         for group in sorting.groups:
             keys, values = (k, v) if group.keys is None else (k_sorted[:, :, group.keys], v_sorted[:, :, group.keys])
             parts.append(scaled_dot_product_attention(q[:, :, group.queries], keys, values, scale=scale))
-        return torch.cat(parts, dim=2)[:, :, sorting.back]
+        return torch.cat(parts, dim=2).index_select(2, sorting.back)
 
     return _for_every_map(attend, order, q, k, v)
 
@@ -153,8 +157,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, order: RegionOrder, chunk_
     """
     best = best_tokens(q, k, order, chunk_bytes)
     _check(order, q, k, v)
-    v = _repeat(v, len(best))
-    return v.gather(2, best[..., None].expand(*best.shape, v.shape[-1]))
+    images, heads = (torch.arange(count, device=v.device) for count in best.shape[:2])
+    return _repeat(v, len(best))[images[:, None, None], heads[:, None], best]
 
 
 @torch.no_grad()
@@ -177,8 +181,8 @@ def best_tokens(q: Tensor, k: Tensor, order: RegionOrder, chunk_bytes: int | Non
     exact = torch.promote_types(q.dtype, torch.float32)
 
     def attend(q: Tensor, k: Tensor, sorting: Sorting) -> Tensor:
-        q, k = q[:, :, sorting.content].to(exact), k.to(exact)
-        k_sorted = k[:, :, sorting.style]
+        q, k = q.index_select(2, sorting.content).to(exact), k.to(exact)
+        k_sorted = k.index_select(2, sorting.style)
         parts = []
         for group in sorting.groups:
             queries = q[:, :, group.queries]
@@ -186,7 +190,7 @@ def best_tokens(q: Tensor, k: Tensor, order: RegionOrder, chunk_bytes: int | Non
                 parts.append(_best(queries, k, chunk_bytes))
             else:
                 parts.append(sorting.style[group.keys][_best(queries, k_sorted[:, :, group.keys], chunk_bytes)])
-        return torch.cat(parts, dim=2)[:, :, sorting.back]
+        return torch.cat(parts, dim=2).index_select(2, sorting.back)
 
     # Autocast would take the products back to half precision; not every device has it.
     autocast = torch.amp.is_autocast_available(q.device.type)
@@ -195,16 +199,40 @@ def best_tokens(q: Tensor, k: Tensor, order: RegionOrder, chunk_bytes: int | Non
 
 
 def _best(q: Tensor, k: Tensor, chunk_bytes: int) -> Tensor:
-    batch, heads, _, _ = q.shape
-    rows = max(1, chunk_bytes // (batch * heads * k.shape[2] * q.element_size()))
-    k = k.transpose(-1, -2)
-    return torch.cat([(part @ k).argmax(dim=-1) for part in q.split(rows, dim=2)], dim=2)
+    """The first key with the largest product, [B, heads, N]."""
+    if k.shape[2] >= MANY:
+        return _best_of_many(q.flatten(0, 1), k.flatten(0, 1), chunk_bytes).view(q.shape[:-1])
+    rows = max(1, chunk_bytes // (q.shape[0] * q.shape[1] * k.shape[2] * q.element_size()))
+    keys = k.transpose(-1, -2)
+    return torch.cat([(part @ keys).argmax(dim=-1) for part in q.split(rows, dim=2)], dim=2)
+
+
+def _best_of_many(q: Tensor, k: Tensor, chunk_bytes: int) -> Tensor:
+    """The same for q [H, N, D] and k [H, M, D]: the first block with the largest product, then the key in it."""
+    # The rest of the last block is its last key again and again; found there it is that key.
+    keys = torch.cat([k, k[:, -1:].expand(-1, -k.shape[1] % BLOCK, -1)], dim=1).transpose(-1, -2)
+    blocks = keys.shape[-1] // BLOCK
+    fitting = max(1, chunk_bytes // (keys.shape[-1] * q.element_size()))
+    rows = min(fitting, q.shape[1])
+    starts = torch.arange(min(fitting, len(q) * rows), device=q.device) * blocks
+
+    def pick(q: Tensor, keys: Tensor) -> Tensor:
+        products = (q @ keys).view(-1, BLOCK)
+        block = products.amax(dim=-1).view(-1, blocks).argmax(dim=-1)
+        within = products.index_select(0, starts[: len(block)] + block).argmax(dim=-1)
+        return (block * BLOCK + within).view(q.shape[:-1])
+
+    pairs = zip(q.split(fitting // rows), keys.split(fitting // rows), strict=True)
+    best = [torch.cat([pick(part, theirs) for part in some.split(rows, dim=1)], dim=1) for some, theirs in pairs]
+    return torch.cat(best).clamp_(max=k.shape[1] - 1)
 
 
 def _for_every_map(attend: Callable[..., Tensor], order: RegionOrder, *heads: Tensor) -> Tensor:
     """`attend(q, k[, v], sorting)` for the images of every map, put together in the images' order."""
     _check(order, *heads)
     n, batch = len(order.sortings), max(len(order.sortings), *(len(x) for x in heads))
+    if n == 1:
+        return attend(*(_repeat(x, batch) for x in heads), order.sortings[0])
     parts = [attend(*rows, sorting) for rows, sorting in zip(_rows(heads, n, batch), order.sortings, strict=True)]
     return torch.stack(parts, dim=1).flatten(0, 1)
 

@@ -61,6 +61,7 @@ CASES = {
     "many see one place": (labels(1, 4, 4, regions=2), one_region(1, 1, 1)),
     "not square, other size": (labels(1, 5, 11, regions=3), labels(1, 13, 4, regions=3, seed=1)),
     "exactly enough and one short": (labels(1, 6, 6, regions=3), torch.tensor([[[0, 0, 0, 0], [1, 1, 1, 2]]])),
+    "many places in a region": (labels(1, 9, 31, regions=2), labels(1, 21, 37, regions=2, seed=1)),
     "negative and small types": (labels(1, 6, 6, regions=3).to(torch.int8) - 2, labels(1, 6, 6, regions=3, seed=1) - 2),
 }
 
@@ -117,11 +118,12 @@ def test_an_order_made_in_inference_mode_serves_gradients():
     assert v.grad.abs().sum() > 0
 
 
-def test_the_first_of_equal_places_is_chosen_whatever_the_chunks():
-    regions = SemanticMap(labels(1, 6, 6, regions=4), labels(1, 6, 6, regions=3, seed=1))
+@pytest.mark.parametrize("side", [6, 33])
+def test_the_first_of_equal_places_is_chosen_whatever_the_chunks(side):
+    regions = SemanticMap(labels(1, 6, 6, regions=4), labels(1, side, side, regions=2, seed=1))
     order = order_by_region(regions)
     # Whole numbers: their sums are exact in any order.
-    q, k = heads(2, 36, 1).round(), torch.ones(2, HEADS, 36, DIM, dtype=torch.float64)
+    q, k = heads(2, 36, 1).round(), torch.ones(2, HEADS, side**2, DIM, dtype=torch.float64)
     expected = torch.stack([visible(regions, 0, 4).int().argmax(-1)] * HEADS).expand(2, -1, -1)
     for chunk_bytes in (1, 2000, 2**20):
         assert torch.equal(best_tokens(q, k, order, chunk_bytes), expected)
