@@ -94,13 +94,14 @@ class Prepared:
     """What a block needs of the references: the same for all rows of a CFG batch.
 
     Attributes:
-        query: [B, N, inner], `Wq n(c)` of the aligned content; key, value: [B', M, inner], of the style.
+        query: [B, N, inner], `Wq n(c)` of the aligned content.
+        styled: [B', M, C], `n(X_s)`: keys and values are made of it when they are asked for, which takes less memory
+            in all blocks together than to keep them.
         continuous: [B, N, C], `Wo(SCA)`; None where its weight is 0.
     """
 
     query: Tensor
-    key: Tensor
-    value: Tensor
+    styled: Tensor
     continuous: Tensor | None
 
 
@@ -131,16 +132,15 @@ def prepare(block: SelfAttention, references: References, order: RegionOrder, se
     n = block.norm
     styled = n(references.style)
     query = block.to_q(n(align(references.content, references.style, order)))
-    key, value = block.to_k(styled), block.to_v(styled)
     continuous = None
     if settings.t1 != 0:
         a1 = settings.a1
         q = a1 * block.to_q(n(references.content_map)) + (1 - a1) * query
-        k = a1 * block.to_k(n(references.style_map)) + (1 - a1) * key
-        q, k, v = (_split(x, block.heads) for x in (q, k, value))
+        k = a1 * block.to_k(n(references.style_map)) + (1 - a1) * block.to_k(styled)
+        q, k, v = (_split(x, block.heads) for x in (q, k, block.to_v(styled)))
         sca = continuous_attention(q, k, v, order, scale=settings.temperature * q.shape[-1] ** -0.5)
         continuous = block.to_out(_merge(sca))
-    return Prepared(query, key, value, continuous)
+    return Prepared(query, styled, continuous)
 
 
 def sparse(block: SelfAttention, x: Tensor, prepared: Prepared, order: RegionOrder, a2: float) -> Tensor:
@@ -148,7 +148,7 @@ def sparse(block: SelfAttention, x: Tensor, prepared: Prepared, order: RegionOrd
     query = prepared.query
     if a2 < 1:
         query = a2 * _rows(query, len(x)) + (1 - a2) * block.to_q(instance_norm(x))
-    q, k, v = (_split(y, block.heads) for y in (query, prepared.key, prepared.value))
+    q, k, v = (_split(y, block.heads) for y in (query, block.to_k(prepared.styled), block.to_v(prepared.styled)))
     return _rows(block.to_out(_merge(sparse_attention(q, k, v, order))), len(x))
 
 

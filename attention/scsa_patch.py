@@ -85,8 +85,8 @@ class Reader:
         return n
 
     def read(self) -> Entered:
-        """What entered the blocks that were called."""
-        return Entered({layer: self.seen[layer].clone() for layer in self.grids}, dict(self.grids))
+        """What entered the blocks that were called; lets go of what the call left."""
+        return Entered({layer: self.seen.pop(layer).clone() for layer in self.grids}, dict(self.grids))
 
 
 @dataclass

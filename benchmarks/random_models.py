@@ -15,6 +15,7 @@ from ..samplers.guidance_report import GuidanceReport
 CONTEXT = 64
 POOLED = 1280
 OUTPUT_SCALE = 0.1
+SDXL_DEPTH = 10
 
 
 def sd15_config(model_channels: int) -> dict[str, Any]:
@@ -96,15 +97,15 @@ def fill(network: torch.nn.Module, seed: int, last: str = "out.") -> None:
         parameter.copy_(value)
 
 
-def sdxl_config(model_channels: int, pooled: int = POOLED) -> dict[str, Any]:
-    """SDXL's UNet with narrower and less deep layers: no attention on the finest level, two and three deep below."""
+def sdxl_config(model_channels: int, pooled: int = POOLED, depth: int = 3) -> dict[str, Any]:
+    """SDXL's UNet with narrower and less deep layers: no attention on the finest level, two and `depth` deep below."""
     return {
         **sd15_config(model_channels),
         "num_res_blocks": [2, 2, 2],
         "channel_mult": [1, 2, 4],
-        "transformer_depth": [0, 0, 2, 2, 3, 3],
-        "transformer_depth_middle": 3,
-        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+        "transformer_depth": [0, 0, 2, 2, depth, depth],
+        "transformer_depth_middle": depth,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, depth, depth, depth],
         "use_linear_in_transformer": True,
         "num_heads": -1,
         "num_head_channels": 32,
@@ -114,10 +115,15 @@ def sdxl_config(model_channels: int, pooled: int = POOLED) -> dict[str, Any]:
 
 
 def small_sdxl(
-    model_channels: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0, pooled: int = POOLED
+    model_channels: int = 32,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    pooled: int = POOLED,
+    deep: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
-    """As `small_sd15`, in SDXL's shape: its conditioning has a pooled part and the picture's size."""
-    config = comfy.supported_models.SDXL(sdxl_config(model_channels, pooled))
+    """As `small_sd15`, in SDXL's shape: its conditioning has a pooled part and the picture's size. SDXL is 320 wide and
+    `deep`."""
+    config = comfy.supported_models.SDXL(sdxl_config(model_channels, pooled, SDXL_DEPTH if deep else 3))
     config.latent_format = comfy.latent_formats.SDXL()
     config.set_inference_dtype(dtype, None)
     management = comfy.model_management

@@ -18,7 +18,7 @@ T = TypeVar("T")
 # responsive.
 GPU_AREA = 16 * 64 * 64
 MAX_LEVELS = 16
-# On a CPU a bigger batch pays only while one image leaves the cores idle, and costs cache (benchmarks/inversion_speed).
+# On a CPU a bigger batch pays only while one image leaves the cores idle, and costs cache (docs/speed.md).
 CPU_AREA = 2 * 32 * 32
 # The host's own safety factor on its estimate of a model call's memory.
 MEMORY_MARGIN = 1.5

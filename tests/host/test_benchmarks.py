@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from semantic_style.benchmarks import flow_inversion, guidance_steps, quality, report, saliency_quality
+from semantic_style.benchmarks import (
+    flow_inversion,
+    guidance_steps,
+    quality,
+    report,
+    saliency_quality,
+    scsa_attention,
+    speed,
+    speed_cases,
+    speed_methods,
+)
 from semantic_style.benchmarks import spin_cases as spin
 from semantic_style.benchmarks.host import call, demo
 from semantic_style.benchmarks.pairs import only_regions, pair_of
@@ -304,3 +314,34 @@ def test_methods_of_inverting_a_flow_have_equal_calls(tmp_path: Path) -> None:
     page = Path(shutil.copy(report.DOCS / "flow.md", tmp_path))
     report.write_tables(page, {"errors": report.table(head, rows)})
     assert "Gaussian" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (
+            speed_methods.Semantix,
+            {"inversion": (4, 0), "first run": (8, 2), "second run": (4, 2), speed.PLAIN: (4, 0)},
+        ),
+        (
+            speed_methods.Scsa,
+            {"inversion of four": (8, 0), "run": (1, 0), "run, nothing kept": (5, 0), speed.PLAIN: (1, 0)},
+        ),
+        (
+            speed_methods.Spin,
+            {"learning": (10, 2), "run": (4, 0), "ComfyUI's masked conditioning": (6, 0), speed.PLAIN: (4, 0)},
+        ),
+    ],
+)
+def test_speed_counts_what_the_network_is_asked_for(kind: Any, expected: dict[str, tuple[int, int]]) -> None:
+    with torch.inference_mode():
+        found = speed.measure(kind(speed_cases.paperland().sized(8), 2), rounds=1)
+    assert {name: (m.rows.forward, m.rows.backward) for name, m in found.items()} == expected
+    assert found[speed.PLAIN].ratio == 1.0
+
+
+def test_both_forms_of_scsas_attention_agree_and_the_page_has_a_place_for_each_table(tmp_path: Path) -> None:
+    assert scsa_attention.measured(256, 3, 1, torch.device("cpu"), torch.float32)[:2] == ["256", "3"]
+    page = Path(shutil.copy(report.DOCS / "speed.md", tmp_path))
+    report.write_tables(page, {name: f"table of {name}" for name in speed.TABLES})
+    assert page.read_text(encoding="utf-8").count("<!-- table: ") == len(speed.TABLES)
