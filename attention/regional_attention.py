@@ -158,7 +158,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, order: RegionOrder, chunk_
     best = best_tokens(q, k, order, chunk_bytes)
     _check(order, q, k, v)
     images, heads = (torch.arange(count, device=v.device) for count in best.shape[:2])
-    return _repeat(v, len(best))[images[:, None, None], heads[:, None], best]
+    # As projections lay them out: token by token, the heads of each side by side.
+    rows = ((images % len(v))[:, None, None] * v.shape[2] + best) * v.shape[1] + heads[:, None]
+    return v.transpose(1, 2).flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, best.shape)
 
 
 @torch.no_grad()

@@ -87,6 +87,7 @@ def ratios_table(names: list[str], steps: int, rounds: int) -> str:
     lines = []
     for name in names:
         case = cases()[name]()
+        weights = sum(p.numel() * p.element_size() for p in case.unet.parameters()) / 2**20
         for kind in METHODS:
             found = measure(kind(case, steps), rounds)
             plain = found.pop(PLAIN)
@@ -96,9 +97,10 @@ def ratios_table(names: list[str], steps: int, rounds: int) -> str:
                 cells += [f"{m.seconds:.2f}", f"{m.ratio:.2f}"]
                 cells += [f"{m.rows.forward} + {m.rows.backward} / {theirs}", f"{m.ratio * theirs / ours:.2f}"]
                 cells += [f"{plain.peak:.0f}", f"{m.peak:.0f}", f"{m.peak / plain.peak:.2f}"]
+                cells.append(f"{(weights + m.peak) / (weights + plain.peak):.2f}")
                 lines.append(cells)
                 print(" | ".join(cells), flush=True)
-    heads = "model|run|plain, s|s|time / plain|rows / plain|the same by rows|plain, MB|MB|memory / plain"
+    heads = "model|run|plain, s|s|time / plain|rows / plain|the same by rows|plain, MB|MB|memory / plain|with weights"
     return table(heads.split("|"), lines)
 
 
