@@ -22,7 +22,7 @@ from .speed_cases import Case, Rows, cases, counted, device_name, peak_memory, p
 from .speed_methods import METHODS, Method, Scsa, Semantix, Spin
 
 PLAIN = "plain run"
-TABLES = ("calls", "ratios", "size", "counts", "attention", "levels", "profile")
+TABLES = ("calls", "ratios", "size", "counts", "regions", "attention", "levels", "profile")
 SMALL = 16  # of the demo model's latent, where something else than the size grows
 PROFILED = 8  # operations of a profile
 
@@ -139,8 +139,11 @@ def counts(demo: Case, steps: int) -> Iterator[tuple[str, list[Method]]]:
     for n in (2, 4):
         batch = demo.sized(SMALL, n)
         yield f"{n} pictures or frames", [Semantix(batch, steps), Scsa(batch, steps)]
-    for n in (1, 2, 12):
-        yield f"{n} region{'s' * (n > 1)}", [Semantix(demo, steps), Scsa(demo, steps, n)]
+
+
+def regions(demo: Case, steps: int) -> Iterator[tuple[str, list[Method]]]:
+    for n in (1, 2, 5, 12):
+        yield f"{n} region{'s' * (n > 1)}", [Scsa(demo, steps, n)]
 
 
 def attention_table(rounds: int) -> str:
@@ -175,11 +178,10 @@ def levels_table(steps: int, rounds: int) -> str:
     return table(["levels in a call", "seconds", "times as fast", "calls", "rows"], lines)
 
 
-def profile_table(name: str, kind: type[Method], phase: str, steps: int) -> str:
+def profile_table(method: Method, phase: str) -> str:
     """Where the time of a phase goes beside a plain run's, by operation."""
     from torch.profiler import ProfilerActivity, profile
 
-    method = kind(cases()[name](), steps)
     for run in method.phases.values():
         run()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
@@ -190,14 +192,14 @@ def profile_table(name: str, kind: type[Method], phase: str, steps: int) -> str:
             run()
         on_gpu = torch.cuda.is_available()
         spent[what] = {
-            e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1000 / steps
+            e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1000 / method.steps
             for e in seen.key_averages()
         }
     ours, plain = spent[phase], spent[PLAIN]
     more = sorted(ours, key=lambda key: plain.get(key, 0.0) - ours[key])[:PROFILED]
     lines = [[key, f"{ours[key]:.1f}", f"{plain.get(key, 0.0):.1f}"] for key in more]
     lines.append(["all", f"{sum(ours.values()):.1f}", f"{sum(plain.values()):.1f}"])
-    return table(["operation", f"{kind.title}, {phase}: ms a step", f"{PLAIN}: ms a step"], lines)
+    return table(["operation", f"{method.title}, {phase}: ms a step", f"{PLAIN}: ms a step"], lines)
 
 
 def main() -> None:
@@ -219,9 +221,11 @@ def main() -> None:
         "ratios": lambda: ratios_table(options.models, steps, rounds),
         "size": lambda: growth(sizes(few), 1),
         "counts": lambda: growth(counts(cases()["paperland"]().sized(SMALL), steps), rounds),
+        "regions": lambda: growth(regions(cases()["paperland"]().sized(SMALL), steps), rounds),
         "attention": lambda: attention_table(rounds),
         "levels": lambda: levels_table(30, rounds),
-        "profile": lambda: profile_table("paperland", Scsa, "run", steps),
+        # What costs most beside its rows.
+        "profile": lambda: profile_table(Semantix(cases()["paperland"]().sized(SMALL), steps), "first run"),
     }
     told = f"*torch {torch.__version__}, {device_name()}; {steps} steps, {rounds} round(s).*"
     for name in options.only:
