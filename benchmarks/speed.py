@@ -23,6 +23,7 @@ from .speed_methods import METHODS, Method, Scsa, Semantix, Spin
 
 PLAIN = "plain run"
 TABLES = ("calls", "ratios", "size", "counts", "regions", "attention", "levels", "profile")
+WITHOUT_STEPS = ("calls", "attention", "levels")
 SMALL = 16  # of the demo model's latent, where something else than the size grows
 PROFILED = 8  # operations of a profile
 
@@ -207,19 +208,18 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     usual = ["paperland", "sd15_full", "sdxl_full"] if gpu else ["paperland", "sd15", "sdxl", "sd15_full"]
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables to make")
-    parser.add_argument("--models", nargs="+", default=usual, help="of the table of ratios; sdxl_full needs 14 GB")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--models", nargs="+", choices=list(cases()), default=usual, help="of the table of ratios")
+    parser.add_argument("--steps", type=int, default=3, help="2 or more")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/speed.md")
     options = parser.parse_args()
     bring_in_host(options.threads)
     steps, rounds = options.steps, options.rounds
-    few = max(2, steps // 2)
     makers: dict[str, Callable[[], str]] = {
         "calls": calls_table,
         "ratios": lambda: ratios_table(options.models, steps, rounds),
-        "size": lambda: growth(sizes(few), 1),
+        "size": lambda: growth(sizes(steps), 1),
         "counts": lambda: growth(counts(cases()["paperland"]().sized(SMALL), steps), rounds),
         "regions": lambda: growth(regions(cases()["paperland"]().sized(SMALL), steps), rounds),
         "attention": lambda: attention_table(rounds),
@@ -227,10 +227,11 @@ def main() -> None:
         # What costs most beside its rows.
         "profile": lambda: profile_table(Semantix(cases()["paperland"]().sized(SMALL), steps), "first run"),
     }
-    told = f"*torch {torch.__version__}, {device_name()}; {steps} steps, {rounds} round(s).*"
+    told = f"torch {torch.__version__}, {device_name()}"
     for name in options.only:
+        run = "" if name in WITHOUT_STEPS else f", {steps} steps a run"
         with torch.inference_mode():
-            made = f"{told}\n\n{makers[name]()}"
+            made = f"*{told}{run}.*\n\n{makers[name]()}"
         print(f"\n{name}\n\n{made}\n", flush=True)
         if options.write:
             write_tables(DOCS / "speed.md", {name: made})
