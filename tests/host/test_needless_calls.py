@@ -87,8 +87,8 @@ class Waits(TorchDispatchMode):
             frame = frame.f_back
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        by_mask = func.__name__.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in (args[1] if len(args) > 1 else None) or ()
+        by_mask = func.__name__.split(".")[0] in ("index", "index_put", "index_put_") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1]
         )
         if by_mask or func.__name__.split(".")[0] in WAITS:
             self.note()
