@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,14 +36,29 @@ def address(frontend_tool: ModuleType, host_folder: Path) -> Iterator[str]:
         yield server.address
 
 
+# Where the host looks for the file that an input of these names asks for.
+FOLDERS = {
+    "ckpt_name": "models/checkpoints",
+    "unet_name": "models/diffusion_models",
+    "clip_name": "models/text_encoders",
+    "clip_name1": "models/text_encoders",
+    "clip_name2": "models/text_encoders",
+    "vae_name": "models/vae",
+}
+
+
 def _provide_files(base: Path) -> None:
     """What the templates ask the user for, so that the frontend has nothing to complain about but their nodes.
 
     Only the names count: nothing is run.
     """
-    checkpoint = base / "models" / "checkpoints" / "v1-5-pruned-emaonly-fp16.safetensors"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.touch()
+    for template in (ROOT / "workflows" / "api").glob("*.json"):
+        for node in json.loads(template.read_text(encoding="utf-8")).values():
+            for name, folder in FOLDERS.items():
+                if name in node["inputs"]:
+                    file = base / folder / node["inputs"][name]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.touch()
     picture = base / "input" / "example.png"
     picture.parent.mkdir(exist_ok=True)
     Image.new("RGB", (64, 64), "gray").save(picture)
