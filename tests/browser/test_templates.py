@@ -20,7 +20,9 @@ PACK = "semantic-style"
 HELP_MILLISECONDS = 15_000
 LOADED = "image => image.complete && image.naturalWidth > 0"
 FOLD = """(numbers) => {
-    app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => numbers.includes(node.id))));
+    // Numbers in older frontends, texts in newer ones.
+    const ids = numbers.map(String);
+    app.graph.convertToSubgraph(new Set(app.graph.nodes.filter(node => ids.includes(String(node.id)))));
     return JSON.stringify(app.graph.serialize());
 }"""
 INSERT = """() => {
