@@ -165,7 +165,8 @@ def test_weights_of_another_dtype_are_copied_for_the_gradient(free):
     cast = Subject("sd15", (16, 16), torch.float16)
     cast.model.model.manual_cast_dtype = torch.float32
     for layer in cast.model.model.diffusion_model.modules():
-        layer.comfy_cast_weights = True
+        if hasattr(layer, "comfy_cast_weights"):
+            layer.comfy_cast_weights = True
     asked, report = cast.predict(allow_other_model=True)
     assert report.foreseen_bytes > 1.5 * plain.foreseen_bytes
     assert report.foreseen_bytes == pytest.approx(asked.peak, rel=NEAR)
