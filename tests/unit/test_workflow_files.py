@@ -102,3 +102,33 @@ def test_every_graph_has_a_note_and_a_small_thumbnail(name: str) -> None:
     assert path.stat().st_size <= THUMBNAIL_BYTES
     with Image.open(path) as picture:
         assert min(picture.size) >= 256
+
+
+SEMANTIX = {"cfg": 3.5, "adain_start": 0.33, "position_weight": 3.0}
+IMAGE = SEMANTIX | {"style_weight": 3.0, "spatial_weight": 0.9, "semantic_weight": 1.0}
+PUBLISHED = [
+    ("semantix_image_sd15", "SemanticStyleKSampler", IMAGE),
+    ("semantix_image_sd15", "SemanticStyleDDPMInversion", {"steps": 60}),
+    ("semantix_video_sd15", "SemanticStyleKSampler", {"cfg": 3.5, "weights": "published for video"}),
+    ("semantix_video_sd15", "SemanticStyleDDPMInversion", {"steps": 60}),
+    *(
+        (name, kind, inputs)
+        for name in ("scsa_colors_sd15", "scsa_auto_sd15")
+        for kind, inputs in (
+            ("SemanticStyleApplySCSA", {"temperature": 1.2, "t1": 0.8, "t2": 0.2, "a1": 0.3, "a2": 0.5}),
+            ("SemanticStyleDDIMInversion", {"steps": 50, "cfg": 1.0}),
+            ("PrimitiveInt", {"value": 1}),
+        )
+    ),
+    ("spin_insert_sd15", "SemanticStyleSpinEmbedding", {"steps": 200, "learning_rate": 5e-4}),
+    ("spin_insert_sd15", "KSampler", {"steps": 50, "cfg": 7.5, "sampler_name": "ddim"}),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "published"), PUBLISHED)
+def test_graphs_for_stable_diffusion_have_the_published_settings(
+    name: str, kind: str, published: dict[str, Any]
+) -> None:
+    nodes = [node["inputs"] for node in load("api", f"{name}.json").values() if node["class_type"] == kind]
+    assert nodes
+    assert all({key: inputs[key] for key in published} == published for inputs in nodes)
