@@ -31,7 +31,7 @@ lint:
 	@$(IN_VENV) tools/check_types.py
 
 figures:
-	@$(IN_VENV) tools/run.py paperland.evaluate --out output/paperland
+	@$(IN_VENV) tools/run.py benchmarks.demo_model --write
 	@$(IN_VENV) tools/run.py benchmarks.quality --write
 	@$(IN_VENV) tools/run.py benchmarks.sliders --write
 	@$(IN_VENV) tools/run.py benchmarks.saliency_quality --write

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..paperland.evaluate import drawn
 from ..paperland.scenes import REGIONS, Scenes, label_image
 from ..regions.semantic_map import resample_labels
 from ..samplers.matching import find_matches
 from ..samplers.position import DEFAULT_PERIODS
 from . import report
+from .demo_model import drawn
 from .host import bring_in_host, demo
 
 SIGMAS = (0.2, 0.6, 1.5, 4.0)

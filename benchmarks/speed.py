@@ -124,12 +124,11 @@ def growth(changes: Iterator[tuple[str, list[Method]]], rounds: int) -> str:
     return table(heads, lines)
 
 
-def sizes(steps: int) -> Iterator[tuple[str, list[Method]]]:
-    of = cases()
-    demo, twin = of["paperland"](), of["sd15"]()
-    wide = (64, 128) if torch.cuda.is_available() else (16, 32)
-    for case, sides in ((demo, (16, 24, 32, 48, 64)), (twin, wide)):
-        for side in sides:
+def sizes(names: list[str], steps: int) -> Iterator[tuple[str, list[Method]]]:
+    for name in names:
+        case = cases()[name]()
+        wide = (64, 128) if torch.cuda.is_available() else (16, 32)
+        for side in (16, 24, 32, 48, 64) if name == "paperland" else wide:
             sized = case.sized(side)
             yield f"{case.name}, {pixels(sized)} px", [Semantix(sized, steps), Scsa(sized, steps)]
 
@@ -206,9 +205,9 @@ def profile_table(method: Method, phase: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
-    usual = ["paperland", "sd15_full", "sdxl_full"] if gpu else ["paperland", "sd15", "sdxl", "sd15_full"]
+    usual = ["paperland", "sd15_full", "sdxl_full"] if gpu else list(cases())
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables to make")
-    parser.add_argument("--models", nargs="+", choices=list(cases()), default=usual, help="of the table of ratios")
+    parser.add_argument("--models", nargs="+", choices=list(cases()), default=usual, help="of ratios and sizes")
     parser.add_argument("--steps", type=int, default=3, help="2 or more")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
@@ -219,7 +218,7 @@ def main() -> None:
     makers: dict[str, Callable[[], str]] = {
         "calls": calls_table,
         "ratios": lambda: ratios_table(options.models, steps, rounds),
-        "size": lambda: growth(sizes(steps), 1),
+        "size": lambda: growth(sizes(options.models, steps), 1),
         "counts": lambda: growth(counts(cases()["paperland"]().sized(SMALL), steps), rounds),
         "regions": lambda: growth(regions(cases()["paperland"]().sized(SMALL), steps), rounds),
         "attention": lambda: attention_table(rounds),

@@ -1,26 +1,36 @@
-"""How good the Paperland model is, in numbers and pictures: `python -m semantic_style.paperland.evaluate --help` (see
-paperland/README.md)."""
+"""How good the demo model is, in numbers and pictures (see paperland/README.md).
+
+    python tools/run.py benchmarks.demo_model [--write] [--weights FILE] [--out FOLDER]
+
+`--write` puts the tables into paperland/README.md and the samples into docs/paperland_samples.png.
+"""
 
 import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from ..attention.layers import feature_blocks
+from ..paperland import scenes
+from ..paperland.model import PATCH, WEIGHTS, Paperland, encode_pixels, load
+from ..paperland.scenes import REGIONS, Scenes
+from ..paperland.text import parse
+from ..paperland.train import sample, validate
 from ..regions.semantic_map import resample_labels
 from ..samplers.features import FeatureTap
-from . import scenes
-from .model import PATCH, WEIGHTS, Paperland, encode_pixels, load
-from .scenes import REGIONS, Scenes
-from .text import parse
-from .train import sample, validate, write_sheet
+from .report import DOCS, as_bytes, as_json, table, write_tables
 
+ROW = 8  # samples in a row of the sheet
 MIDDLE_SIGMA = 0.6
+ENOUGH = 4  # places of 32x32 that a region needs to count as found
+FOUND = ("found", "found in real scenes", "found in blank pictures")
 DOT_SHARE = 0.34  # of the second colour in a dotted region: pi * 0.33^2
 
 
@@ -151,57 +161,119 @@ def caption_colors(caption: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def adherence(model: Paperland, count: int = 32, cfg: float = 3.0) -> dict[str, float]:
-    """Do samples show the colours that their captions ask for?
+def samples(model: Paperland, captions: Sequence[str], cfg: float = 3.0) -> Tensor:
+    """A sample of each caption: [B, H, W, 3]."""
+    parts = [sample(model, list(captions[i : i + 16]), cfg=cfg, seed=i) for i in range(0, len(captions), 16)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def adherence(model: Paperland, made: Tensor, asked: Scenes, bank: Scenes) -> dict[str, Any]:
+    """Do samples [B, H, W, 3] of the captions of scenes show what the captions ask for?
+
+    Regions of samples are found by the model's own features (`segment` with the bank).
 
     Returns:
-        Mean RGB distance (0..1.73) of each region's mean colour to its caption's ("own"), to that of another caption
-        ("shuffled"), the same
-        for real scenes under the same segmentation ("real", the floor), and the segmentation's accuracy on real scenes.
+        colours: mean RGB distance (0..1.73) of each region's mean colour to its caption's ("own"), to that of another
+            caption ("shuffled"), the same for real scenes under the same segmentation ("real", the floor).
+        found, found in real scenes, found in blank pictures: by region, in which share of the pictures whose captions
+            name it it has places; a blank picture has its scene's mean colour, what is found there is mistaken.
+        segmentation accuracy: on real scenes, where the labels are known.
     """
-    bank, unseen = drawn(24, 3), drawn(count, 4)
-    made = torch.cat([sample(model, unseen.captions[i : i + 16], cfg=cfg, seed=i) for i in range(0, count, 16)])
-    asked = [caption_colors(c) for c in unseen.captions]
-    truth = resample_labels(unseen.labels, (32, 32))
-    found = segment(model, unseen.images, bank)
+    count, colors = len(made), [caption_colors(c) for c in asked.captions]
+    blank = asked.images.mean(dim=(1, 2), keepdim=True).expand_as(asked.images)
+    labels, known, mistaken = (segment(model, images, bank) for images in (made, asked.images, blank))
 
-    def distance(images: Tensor, labels: Tensor, shift: int) -> float:
-        pixels = F.avg_pool2d(images.permute(0, 3, 1, 2), 4).permute(0, 2, 3, 1)
+    def places(where: Tensor, region: str) -> Tensor | None:
+        mask = where == REGIONS.index(region)
+        return mask if mask.sum() >= ENOUGH else None
+
+    def distance(images: Tensor, where: Tensor, shift: int) -> float:
+        pixels = F.avg_pool2d(images.permute(0, 3, 1, 2), PATCH).permute(0, 2, 3, 1)
         values = []
         for i in range(count):
-            own, wanted = asked[i], asked[(i + shift) % count]
-            for region in own.keys() & wanted.keys():
-                where = labels[i] == REGIONS.index(region)
-                if where.sum() >= 4:
-                    values.append((pixels[i][where].mean(dim=0) - wanted[region]).norm())
+            own, wanted = colors[i], colors[(i + shift) % count]
+            for region in sorted(own.keys() & wanted.keys()):
+                mask = places(where[i], region)
+                if mask is not None:
+                    values.append((pixels[i][mask].mean(dim=0) - wanted[region]).norm())
         return torch.stack(values).mean().item()
 
-    labels = segment(model, made, bank)
+    def found(where: Tensor) -> dict[str, float]:
+        hits: dict[str, list[bool]] = {region: [] for region in REGIONS}
+        for i, named in enumerate(colors):
+            for region in named:
+                hits[region].append(places(where[i], region) is not None)
+        return {region: sum(h) / len(h) for region, h in hits.items() if h}
+
     return {
-        "own": distance(made, labels, 0),
-        "shuffled": distance(made, labels, 1),
-        "real": distance(unseen.images, found, 0),
-        "segmentation accuracy": (found == truth).float().mean().item(),
+        "colours": {
+            "own": distance(made, labels, 0),
+            "shuffled": distance(made, labels, 1),
+            "real": distance(asked.images, known, 0),
+        },
+        "found": found(labels),
+        "found in real scenes": found(known),
+        "found in blank pictures": found(mistaken),
+        "segmentation accuracy": (known == resample_labels(asked.labels, (32, 32))).float().mean().item(),
+    }
+
+
+def sheet(made: Tensor, real: Tensor) -> Image.Image:
+    """Samples in rows, under each the scenes whose captions they have."""
+    rows = [part.permute(0, 3, 1, 2) for pair in zip(made.split(ROW), real.split(ROW), strict=True) for part in pair]
+    cells = make_grid(as_bytes(torch.cat(rows)), nrow=ROW, padding=2, pad_value=255)
+    return Image.fromarray(cells.permute(1, 2, 0).numpy())
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, str]:
+    """For paperland/README.md."""
+    columns = ["overall", "mean of classes", *REGIONS]
+    transfer = [[name, *(f"{row[c]:.2f}" for c in columns)] for name, row in report["correspondence"].items()]
+    adherence = report["adherence"]
+    found = [[name, *(f"{adherence[name].get(r, float('nan')):.0%}" for r in REGIONS)] for name in FOUND]
+    return {
+        "correspondence": table(["", *columns], transfer),
+        "colours": table(
+            ["of samples", "of samples, another's caption", "of real scenes"],
+            [[f"{adherence['colours'][k]:.3f}" for k in ("own", "shuffled", "real")]],
+        ),
+        "found": table(["", *REGIONS], found),
+        "denoising": table(
+            ["sigma", *(name.removeprefix("rmse_") for name in report["denoising"])],
+            [["error", *(f"{v:.3f}" for v in report["denoising"].values())]],
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--out", type=Path, default=Path("output"), help="folder for evaluation.json and samples.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("output/demo_model"), help="folder for figures and samples.png"
+    )
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--samples", type=int, default=32)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    model = load(arguments.weights)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--write", action="store_true", help="put tables and samples into the pages")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    model, asked = load(options.weights), drawn(options.samples, 4)
+    made = samples(model, asked.captions)
     report = {
         "denoising": validate(model, "cpu"),
-        "correspondence": correspondence(model, arguments.pairs),
-        "adherence": adherence(model, arguments.samples),
+        "correspondence": correspondence(model, options.pairs),
+        "adherence": adherence(model, made, asked, drawn(24, 3)),
     }
-    (arguments.out / "evaluation.json").write_text(json.dumps(report, indent=1))
-    print(json.dumps(report, indent=1))
-    write_sheet(model, arguments.out / "samples.png")
+    (options.out / "evaluation.json").write_text(as_json(report), encoding="utf-8")
+    picture = sheet(made, asked.images)
+    picture.save(options.out / "samples.png", optimize=True)
+    print("\n\n".join(f"{name}\n\n{text}" for name, text in tables(report).items()))
+    print(f"\nsegmentation accuracy {report['adherence']['segmentation accuracy']:.3f}")
+    if options.write:
+        write_tables(Path(scenes.__file__).parent / "README.md", tables(report))
+        picture.save(DOCS / "paperland_samples.png", optimize=True)
 
 
 if __name__ == "__main__":
