@@ -2,7 +2,7 @@
 
     python tools/run.py benchmarks.demo_model [--write] [--weights FILE] [--out FOLDER]
 
-`--write` puts the tables into paperland/README.md and the samples into docs/paperland_samples.png.
+`--write` puts the tables into paperland/README.md and the samples into docs/paperland_samples.webp.
 """
 
 import argparse
@@ -273,7 +273,7 @@ def main() -> None:
     print(f"\nsegmentation accuracy {report['adherence']['segmentation accuracy']:.3f}")
     if options.write:
         write_tables(Path(scenes.__file__).parent / "README.md", tables(report))
-        picture.save(DOCS / "paperland_samples.png", optimize=True)
+        picture.save(DOCS / "paperland_samples.webp", quality=85)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def test_the_archive_holds_what_users_need_and_nothing_else(root: Path) -> None:
         *("samplers", "subgraphs", "tools", "web", "workflows"),
     }
     assert {name for name in shipped if name.startswith("tools/")} == {"tools/run.py"}
-    assert not {name for name in shipped if Path(name).stem in ("train", "evaluate")}
+    assert not {name for name in shipped if Path(name).stem in ("train", "muon")}
     assert sum((root / name).stat().st_size for name in shipped) < 24e6
 
 
