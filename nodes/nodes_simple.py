@@ -459,7 +459,11 @@ class SpinPaint(io.ComfyNode):
                 *_models(),
                 # First of the pictures: it is what a bypassed node hands on.
                 io.Image.Input("background", tooltip="The picture that it is painted into, of any size."),
-                io.Mask.Input("mask", tooltip="Where in the background it is painted: white. The rest stays exactly."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="Where in the background it is painted: white, a little larger than what it replaces. The "
+                    "rest stays exactly.",
+                ),
                 io.Image.Input("reference", tooltip="A picture of the subject, of any size."),
                 io.String.Input(
                     "class_word", default="object", tooltip="What the subject is, in a word or a few: cat, red vase."
