@@ -295,9 +295,8 @@ def test_saliency(tmp_path: Path) -> None:
     assert all(0 <= v < 1 for ways in figures.values() for values in ways.values() for v in values)
     # The node finds this sun, one cut parts sky from ground.
     assert figures["one sun"]["one cut"][0] < 0.1 < figures["one sun"]["method"][0]
-    # Told what they are, it finds the sun, the tree and the landscape's; this house it does not.
-    told = {name: ways["word"][0] > saliency_quality.FOUND for name, ways in figures.items()}
-    assert told == {"one sun": True, "one tree": True, "one house": False, saliency_quality.LANDSCAPE: True}
+    # Told what they are, it finds each of them.
+    assert all(ways["word"][0] > saliency_quality.FOUND for ways in figures.values())
     assert figures[saliency_quality.LANDSCAPE]["method"][0] < 0.1
     assert "| one sun (2) |" in written("saliency", saliency_quality.tables(figures), tmp_path)
 
