@@ -38,6 +38,8 @@ figures:
 	@$(IN_VENV) tools/run.py benchmarks.position_code --write
 	@$(IN_VENV) tools/run.py benchmarks.guidance_steps --write
 	@$(IN_VENV) tools/run.py demo.gallery --write
+	@$(IN_VENV) tools/run.py demo.run
+	@cp output/semantix_image_5_what_the_terms_did.png docs/plot_semantix.png
 	@$(IN_VENV) tools/help_pictures.py
 	@$(IN_VENV) tools/workflows.py
 	@$(IN_VENV) tools/workflows.py --screens docs semantix_simple scsa_simple spin_simple
