@@ -115,7 +115,7 @@ class Figures:
         identity: both in units of two unrelated things' distance, so 1 is unrelated and 0 the same.
         background: the same distance to the background's outside: how much the inside looks like what is around it.
         seam: contrast across the mask's edge, in units of the contrast across the ideal's edge there.
-        outside: largest difference of a pixel outside the mask to the background's, 0..1.
+        outside: largest difference of a pixel outside the mask, not on its soft rim, to the background's, 0..1.
     """
 
     color: Tensor
@@ -134,7 +134,7 @@ def measured(images: Tensor, cases: Sequence[Case]) -> Figures:
     backgrounds = torch.cat([c.background.images for c in cases])
     to_subject = measure.style_distance(images, inside, references, subjects.long(), 2)
     to_outside = measure.style_distance(images, inside, backgrounds, 1 - inside, 2)
-    difference = (images - backgrounds).abs().amax(dim=-1) * (1 - masks)
+    difference = (images - backgrounds).abs().amax(dim=-1) * (masks == 0)
     return Figures(
         to_subject.color[:, 1],
         to_subject.texture[:, 1],

@@ -344,8 +344,8 @@ def apply_scsa(bench: Bench) -> Sequence[Cell]:
 @recipe("SCSARestyle")
 def scsa_restyle(bench: Bench) -> Sequence[Cell]:
     graph = demo("scsa_simple")
-    half = sweep(bench, graph, "4", "style", (0.5,), "4")
-    return [*sides(bench, graph), *half, *sweep(bench, graph, "4", "pattern", (0.0, 0.5, 1.0), "4")]
+    half = sweep(bench, graph, "7", "style", (0.5,), "7")
+    return [*sides(bench, graph), *half, *sweep(bench, graph, "7", "pattern", (0.0, 0.5, 1.0), "7")]
 
 
 # Semantix
@@ -519,6 +519,6 @@ def spin_paint(bench: Bench) -> Sequence[Cell]:
     graph = demo("spin_simple")
     cells = painted_into(bench, graph)
     for subject, blend in ((0.5, 0.0), (1.0, 0.0), (1.0, 0.4)):
-        changed = but(graph, _5={"subject": subject, "blend": blend})
-        cells.append((f"subject {subject:g}, blend {blend:g}", bench.image(changed, "5")))
+        changed = but(graph, _8={"subject": subject, "blend": blend})
+        cells.append((f"subject {subject:g}, blend {blend:g}", bench.image(changed, "8")))
     return cells

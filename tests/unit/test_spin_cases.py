@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from semantic_style.benchmarks import measure
@@ -44,6 +46,15 @@ def test_outside_is_the_largest_change() -> None:
     picture[case.mask == 1] = 0.5
     moved = (picture - case.background.images).abs()[0, -1, -1, 0]
     assert spin.measured(picture, [case]).outside.tolist() == pytest.approx([moved.item()])
+
+
+def test_a_masks_soft_rim_is_not_outside() -> None:
+    case = spin.case("sun", 1)
+    rim = torch.nn.functional.max_pool2d(case.mask, 3, 1, 1) * 0.5
+    soft = dataclasses.replace(case, mask=torch.maximum(case.mask, rim))
+    picture = torch.where((soft.mask > 0)[..., None], 0.5, case.background.images)
+    assert spin.measured(picture, [soft]).outside.tolist() == [0.0]
+    assert (spin.measured(picture, [case]).outside > 0).all()
 
 
 def test_an_unknown_kind_is_refused() -> None:
