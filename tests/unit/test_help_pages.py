@@ -57,3 +57,28 @@ def test_there_is_no_picture_without_a_page() -> None:
 
 def test_every_picture_can_be_made_again(load_tool) -> None:
     assert load_tool("help_recipes").RECIPES.keys() == {page.stem for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_picture_is_of_what_its_graph_makes(load_tool, page: Path) -> None:
+    """The recipes name nodes of the example graphs by id: each is there and gives something, whatever is changed."""
+    bench = load_tool("help_bench")
+    asked = []
+
+    class Planned(bench.Bench):
+        """Looks at the graphs in place of running them."""
+
+        def images(self, graph: dict, node: str, *_, **__) -> list[Image.Image]:
+            made = bench.needed(graph, node)
+            links = (link for part in made.values() for link in part["inputs"].values() if isinstance(link, list))
+            sources = [node, *(source for source, _ in links)]
+            assert not {made[source]["class_type"] for source in sources} & {"SaveImage", "PreviewImage", "SaveVideo"}
+            asked.append(node)
+            return [Image.new("RGB", (128, 128), (90, 120, 15 * i)) for i in range(16)]
+
+        def text(self, graph: dict, node: str, _slot: int) -> str:
+            self.images(graph, node)
+            return "0.01"
+
+    assert load_tool("help_recipes").RECIPES[page.stem].make(Planned(None))
+    assert asked
