@@ -78,10 +78,8 @@ def correspondence(model: Paperland, pairs: int = 32, sigma: float = MIDDLE_SIGM
     """Do nearest neighbours between two random scenes carry the right region label?
 
     Each place of scene A takes the label of its nearest neighbour among scene B's places. Places whose region B lacks
-    are left out.
-    Besides both feature stages (without a caption and with each scene's own): chance, raw pixels (the clean 4x4
-    patches) and the same
-    position.
+    are left out. Besides both feature stages (without a caption and with each scene's own): chance, raw pixels (the
+    clean 4x4 patches) and the same position.
     """
     a, b = drawn(pairs, 1), drawn(pairs, 2)
     inputs: dict[str, list[tuple[Tensor, Tensor]]] = {"pixels": [(_patches(a.images), _patches(b.images))]}

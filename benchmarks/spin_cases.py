@@ -129,12 +129,13 @@ class Figures:
 def measured(images: Tensor, cases: Sequence[Case]) -> Figures:
     """Figures of pictures [B, H, W, 3] painted for B cases."""
     masks = torch.cat([c.mask for c in cases])
-    inside, ideal = masks.long(), torch.cat([c.ideal for c in cases])
+    inside, outside = masks.long(), (masks == 0).long()  # what lies on a soft rim is neither
+    ideal = torch.cat([c.ideal for c in cases])
     references, subjects = torch.cat([c.reference.images for c in cases]), torch.cat([c.subject for c in cases])
     backgrounds = torch.cat([c.background.images for c in cases])
     to_subject = measure.style_distance(images, inside, references, subjects.long(), 2)
-    to_outside = measure.style_distance(images, inside, backgrounds, 1 - inside, 2)
-    difference = (images - backgrounds).abs().amax(dim=-1) * (masks == 0)
+    to_outside = measure.style_distance(images, inside, backgrounds, outside, 2)
+    difference = (images - backgrounds).abs().amax(dim=-1) * outside
     return Figures(
         to_subject.color[:, 1],
         to_subject.texture[:, 1],
@@ -154,7 +155,7 @@ def distance_to_surroundings(images: Tensor, cases: Sequence[Case]) -> Tensor:
 
 def distance_outside(images: Tensor, cases: Sequence[Case]) -> Tensor:
     """Distance [B], as `Figures.identity`, of what is outside the masks to the backgrounds there."""
-    outside = 1 - torch.cat([c.mask for c in cases]).long()
+    outside = (torch.cat([c.mask for c in cases]) == 0).long()
     backgrounds = torch.cat([c.background.images for c in cases])
     return measure.style_distance(images, outside, backgrounds, outside, 2).both[:, 1]
 
